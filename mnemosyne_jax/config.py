@@ -1,0 +1,169 @@
+"""Frozen dataclasses that hold every fact and every choice: model, mesh, serving, hardware."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import draccus
+
+from mnemosyne_jax.errors import RequestError
+
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary facts of a checkpoint, in Hugging Face's words.
+
+    `attention_factor` None means the type's own default (yarn: 0.1 ln(factor) + 1).
+    """
+
+    type: str = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+    def __post_init__(self):
+        if self.type not in ROPE_TYPES:
+            why = " (it depends on the length, which a chunked run does not know)" if self.type in ("dynamic", "longrope") else ""
+            raise RequestError("rope type", self.type, f"supported: {', '.join(ROPE_TYPES)}{why}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Facts of a model: the legend's letters D F V L N K H, plus rotary, norm and bias facts."""
+
+    width: int
+    ffn: int
+    vocab: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: RopeConfig = RopeConfig()
+    norm_eps: float = 1e-6
+    tied: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    stop_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        for name in ("width", "ffn", "vocab", "layers", "heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise RequestError(name, getattr(self, name), "must be at least 1")
+        if self.heads % self.kv_heads:
+            raise RequestError("heads", self.heads, f"must be a multiple of kv_heads = {self.kv_heads}")
+        if self.head_dim % 2:
+            raise RequestError("head_dim", self.head_dim, "must be even: rotary turns pairs")
+
+    def refuse_mesh(self, mesh: MeshSpec) -> None:
+        """Raises RequestError, naming both numbers, if this model cannot be laid out on `mesh`."""
+        for axis, name, value in (("spp", "layers", self.layers), ("tp", "heads", self.heads), ("tp", "ffn", self.ffn)):
+            size = getattr(mesh, axis)
+            if value % size:
+                raise RequestError(f"mesh.{axis}", size, f"must divide {name} = {value}")
+        if self.kv_heads % mesh.tp and mesh.tp % self.kv_heads:
+            raise RequestError("mesh.tp", mesh.tp, f"must divide kv_heads = {self.kv_heads}, or be a multiple of it")
+
+    def kv_bytes_per_token(self, dtype_bytes: int, tp: int = 1) -> int:
+        """Bytes of keys and values per token over all layers (kv heads fewer than tp are replicated)."""
+        return 2 * self.layers * max(self.kv_heads, tp) * self.head_dim * dtype_bytes
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, embeddings included."""
+        qkv = self.width * (self.heads + 2 * self.kv_heads) * self.head_dim
+        layer = qkv + self.heads * self.head_dim * self.width + 3 * self.width * self.ffn + 2 * self.width
+        layer += self.qkv_bias * (self.heads + 2 * self.kv_heads) * self.head_dim
+        layer += self.out_bias * self.width + self.qk_norm * 2 * self.head_dim
+        return self.layers * layer + (2 - self.tied) * self.vocab * self.width + self.width
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """Sizes of the three axes: kvp groups, spp stages, tp shards."""
+
+    kvp: int = 1
+    spp: int = 1
+    tp: int = 1
+
+    def __post_init__(self):
+        for axis in ("kvp", "spp", "tp"):
+            if getattr(self, axis) < 1:
+                raise RequestError(f"mesh.{axis}", getattr(self, axis), "must be at least 1")
+
+    @property
+    def devices(self) -> int:
+        return self.kvp * self.spp * self.tp
+
+    def __str__(self) -> str:
+        return f"kvp {self.kvp} x spp {self.spp} x tp {self.tp}"
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """How requests are served: pages, rows of a tick, chunking, placement, numerics.
+
+    `pool_pages` is the number of pages in each kvp group (None: what device memory allows; on a
+    CPU, 32,768 tokens). A request that can grow past `span_tokens` is shared by all groups: under
+    `grow` it fills group after group, `span_tokens` each (the paper's onboarding); under `stripe`
+    its pages alternate between groups from the start. Shorter requests are private to one group.
+    `chunk_tokens` is the prefill token budget of a tick; `chunk_buckets` are the row counts for
+    which programs are compiled. `ahead` is how many ticks are submitted before a token is read.
+    """
+
+    page_tokens: int = 128
+    pool_pages: int | None = None
+    private_rows: int = 8
+    shared_rows: int = 2
+    private_chunks: int = 4
+    shared_chunks: int = 1
+    chunk_tokens: int = 512
+    chunk_buckets: tuple[int, ...] = (32, 128, 512)
+    placement: Literal["grow", "stripe"] = "stripe"
+    span_tokens: int = 8192
+    max_waiting: int = 4096
+    ahead: int = 1
+    policy: Literal["fcfs"] = "fcfs"
+    tbt_slo_s: float = 0.030
+    impl: Literal["auto", "reference", "mosaic"] = "auto"
+    rope_precision: Literal["exact", "hf_float32"] = "exact"
+
+    def __post_init__(self):
+        for name in ("page_tokens", "private_rows", "private_chunks", "shared_chunks", "shared_rows", "chunk_tokens", "span_tokens", "ahead", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"serve.{name}", getattr(self, name), "must be at least 1")
+        if self.pool_pages is not None and self.pool_pages < 1:
+            raise RequestError("serve.pool_pages", self.pool_pages, "must be at least 1")
+        buckets = self.chunk_buckets
+        if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+            raise RequestError("serve.chunk_buckets", buckets, "must be positive and strictly increasing")
+        if self.chunk_tokens > buckets[-1]:
+            raise RequestError("serve.chunk_tokens", self.chunk_tokens, f"must be at most the largest chunk bucket, {buckets[-1]}")
+        if len(buckets) > 9:
+            raise RequestError("serve.chunk_buckets", buckets, "at most 9 buckets: every one is a compiled program")
+        if self.span_tokens % self.page_tokens:
+            raise RequestError("serve.span_tokens", self.span_tokens, f"must be a multiple of page_tokens = {self.page_tokens}")
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """Public peak figures of one device; fitted coefficients join them with calibration."""
+
+    name: str = "cpu"
+    memory_bytes: int = 8 * 2**30
+    hbm_bytes_per_s: float = 2e10
+    matmul_flops_per_s: float = 1e11
