@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
-
-import draccus
 
 from mnemosyne_jax.errors import RequestError
 
@@ -121,8 +118,11 @@ class ServeConfig:
     CPU, 32,768 tokens). A request that can grow past `span_tokens` is shared by all groups: under
     `grow` it fills group after group, `span_tokens` each (the paper's onboarding); under `stripe`
     its pages alternate between groups from the start. Shorter requests are private to one group.
-    `chunk_tokens` is the prefill token budget of a tick; `chunk_buckets` are the row counts for
-    which programs are compiled. `ahead` is how many ticks are submitted before a token is read.
+    `private_rows` and `shared_rows` are how many sequences of each kind run at once (private: per group),
+    `private_chunks` and `shared_chunks` how many of them may prefill in one tick. `chunk_tokens` is
+    the prefill token budget of a tick; `chunk_buckets` are the row counts for which programs are
+    compiled (None: a sixteenth, a quarter and the whole of `chunk_tokens`). `ahead` is how many
+    ticks are submitted before a token is read.
     """
 
     page_tokens: int = 128
@@ -132,7 +132,7 @@ class ServeConfig:
     private_chunks: int = 4
     shared_chunks: int = 1
     chunk_tokens: int = 512
-    chunk_buckets: tuple[int, ...] = (32, 128, 512)
+    chunk_buckets: tuple[int, ...] | None = None
     placement: Literal["grow", "stripe"] = "stripe"
     span_tokens: int = 8192
     max_waiting: int = 4096
@@ -148,15 +148,30 @@ class ServeConfig:
                 raise RequestError(f"serve.{name}", getattr(self, name), "must be at least 1")
         if self.pool_pages is not None and self.pool_pages < 1:
             raise RequestError("serve.pool_pages", self.pool_pages, "must be at least 1")
-        buckets = self.chunk_buckets
+        buckets = self.buckets
         if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
             raise RequestError("serve.chunk_buckets", buckets, "must be positive and strictly increasing")
         if self.chunk_tokens > buckets[-1]:
             raise RequestError("serve.chunk_tokens", self.chunk_tokens, f"must be at most the largest chunk bucket, {buckets[-1]}")
-        if len(buckets) > 9:
-            raise RequestError("serve.chunk_buckets", buckets, "at most 9 buckets: every one is a compiled program")
+        if len(buckets) > 5:
+            raise RequestError("serve.chunk_buckets", buckets, "at most 5 buckets: each is compiled, with kvp > 1 in several pairs")
         if self.span_tokens % self.page_tokens:
             raise RequestError("serve.span_tokens", self.span_tokens, f"must be a multiple of page_tokens = {self.page_tokens}")
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Sizes of the chunk area of the compiled programs, increasing."""
+        if self.chunk_buckets is not None:
+            return self.chunk_buckets
+        return tuple(sorted({max(1, self.chunk_tokens // part) for part in (16, 4, 1)}))
+
+    def shared_slots(self, mesh: MeshSpec) -> int:
+        """Sequences that can be spread over all groups at once: none where there is one group."""
+        return self.shared_rows if mesh.kvp > 1 else 0
+
+    def slots(self, mesh: MeshSpec) -> int:
+        """Sequences that can run at once in each group; shared ones hold the same slot in every group."""
+        return self.shared_slots(mesh) + self.private_rows
 
 
 @dataclass(frozen=True)

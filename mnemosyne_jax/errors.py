@@ -20,3 +20,7 @@ class RequestError(ValueError):
 
     def __reduce__(self):
         return RequestError, (self.field, self.value, self.limit)
+
+
+class GenerationError(RuntimeError):
+    """A request that failed while it ran, such as one whose logits were not finite. Its neighbours are unharmed."""

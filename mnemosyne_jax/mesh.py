@@ -70,3 +70,23 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 def spec_of(mesh: Mesh) -> MeshSpec:
     """The MeshSpec that made `mesh`."""
     return MeshSpec(**{axis: mesh.shape[axis] for axis in AXES})
+
+
+def start_processes(coordinator: str, processes: int, index: int) -> None:
+    """Joins this process, number `index` of `processes`, to one run over all their devices.
+
+    Call it before anything touches a device. `coordinator` is host:port of process 0. Every process
+    then runs the same script; process 0 decides what is scheduled, the others follow.
+    """
+    jax.distributed.initialize(coordinator, num_processes=processes, process_id=index)
+
+
+def broadcast(payload: bytes) -> bytes:
+    """Process 0's payload, in every process of the run."""
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    length = int(broadcast_one_to_all(np.int32(len(payload))))
+    mine = np.zeros(length, np.uint8)
+    if jax.process_index() == 0:
+        mine[:] = np.frombuffer(payload, np.uint8)
+    return np.asarray(broadcast_one_to_all(mine)).tobytes()

@@ -1,0 +1,195 @@
+"""JaxExecutor: runs batches on a device mesh. Owns params, state, compiled programs and the clock."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mnemosyne_jax.config import ModelConfig, ServeConfig
+from mnemosyne_jax.errors import RequestError
+from mnemosyne_jax.mesh import broadcast, partition, spec_of
+from mnemosyne_jax.model import cache
+from mnemosyne_jax.model.attention import choose_impl
+from mnemosyne_jax.model.inputs import StepShape, buffer_words, step_shapes
+from mnemosyne_jax.model.params import Params, weight_bytes_per_device
+from mnemosyne_jax.model.step import INPUTS, make_readout, make_state, make_step
+from mnemosyne_jax.packing import pack, place_chunks, smallest_shape
+from mnemosyne_jax.serve.batch import Batch
+from mnemosyne_jax.serve.executor import StepResult
+
+log = logging.getLogger("mnemosyne_jax")
+READOUT_ROWS = 64
+CPU_POOL_TOKENS = 32_768
+MEMORY_FRACTION = 0.85  # of the device, for weights and pages; the rest is a tick's activations
+
+
+class JaxExecutor:
+    """Executor over a mesh: submits ticks ahead of reading their tokens, and compiles a program when first met."""
+
+    def __init__(self, config: ModelConfig, params: Params, serve: ServeConfig, mesh: Mesh):
+        choose_impl(serve.impl)
+        self.config, self.params, self.serve, self.mesh = config, params, serve, mesh
+        self.spec = spec_of(mesh)
+        self.dtype = params.embed.dtype
+        self.shapes = step_shapes(serve, self.spec)
+        self.pool_pages = serve.pool_pages or _pages_that_fit(config, params, serve, mesh)
+        self.target = cache.abstract(config, serve, mesh, self.dtype, self.pool_pages)
+        self._on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._sharding = NamedSharding(mesh, partition(INPUTS))
+        self._programs: dict[Any, Callable] = {}
+        self._state: cache.State | None = None
+        self._history = deque([Batch(-1)] * self.spec.spp, maxlen=self.spec.spp)
+        self._unread: deque[tuple[Batch, StepShape, jax.Array, list]] = deque()
+        self._start_s = time.monotonic()
+        self.submit_s = 0.0  # host time of the last tick: packing, transfer, dispatch
+
+    @property
+    def depth(self) -> int:
+        return self.spec.spp - 1 + self.serve.ahead
+
+    def now(self) -> float:
+        return time.monotonic() - self._start_s
+
+    def agree(self, events: Any) -> Any:
+        if jax.process_count() == 1:
+            return events
+        return pickle.loads(broadcast(pickle.dumps(events)))
+
+    def fits(self, shared_tokens: int, private_tokens: int) -> bool:
+        """Whether some program holds chunk areas of these sizes."""
+        return any(shape.holds(shared_tokens, private_tokens) for shape in self.shapes)
+
+    # Programs.
+
+    def warmup(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+        """Builds every program and the state; returns how many programs there are. None is built after it."""
+        keys = ["state", "readout", *self.shapes]
+        threads = 1 if self._on_cpu else min(8, len(keys))
+        with ThreadPoolExecutor(threads) as pool:
+            for done, _ in enumerate(pool.map(self._program, keys), start=1):
+                progress(done, len(keys))
+        self._allocated()
+        return len(keys)
+
+    def _program(self, key: Any) -> Callable:
+        if key not in self._programs:
+            begin_s = time.monotonic()
+            self._programs[key] = self._build(key)
+            log.info("compiled %s in %.1f s", key, time.monotonic() - begin_s)
+        return self._programs[key]
+
+    def _build(self, key: Any) -> Callable:
+        if key == "state":
+            return make_state(self.target).lower().compile()
+        params, state = self.params, self.target
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        if key == "readout":
+            rows = jax.ShapeDtypeStruct((READOUT_ROWS,), np.int32, sharding=replicated)
+            return make_readout(params, state, self.mesh, config=self.config).lower(params, state, rows, rows).compile()
+        step = make_step(
+            params, state, self.mesh, config=self.config, shape=key, rope_precision=self.serve.rope_precision
+        )
+        words = (self.spec.spp, self.spec.kvp, buffer_words(key))
+        return step.lower(params, state, jax.ShapeDtypeStruct(words, np.int32, sharding=self._sharding)).compile()
+
+    def memory_analysis(self, shape: StepShape) -> Any:
+        """XLA's account of a tick's memory per device: arguments, outputs, aliases and temporaries, in bytes."""
+        return self._program(shape).memory_analysis()  # type: ignore[attr-defined]
+
+    def _allocated(self) -> cache.State:
+        if self._state is None:
+            self._state = self._program("state")()
+        return self._state
+
+    # Ticks.
+
+    def step(self, batch: Batch) -> StepResult | None:
+        begin_s = time.monotonic()
+        self._history.appendleft(batch)
+        shape = smallest_shape(self.shapes, self._history, self.spec.kvp)
+        program, state = self._program(shape), self._allocated()
+        buffer = self._to_devices(pack(shape, self._history, self.spec.kvp), self._sharding)
+        if self._on_cpu and self._unread:
+            # Two collective programs in flight on virtual devices can take each other's threads and never meet.
+            jax.block_until_ready(state.tokens)
+        self._state, tokens = program(self.params, state, buffer)
+        tokens.copy_to_host_async()
+        leaving = self._history[-1]
+        self._unread.append((leaving, shape, tokens, self._read_logits(leaving, shape)))
+        self.submit_s = time.monotonic() - begin_s
+        return self._result() if len(self._unread) > self.serve.ahead else None
+
+    def _to_devices(self, x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    def _read_logits(self, batch: Batch, shape: StepShape) -> list[tuple[list[tuple[str, int]], jax.Array]]:
+        """Starts reading the logits that the leaving batch's requests asked for: ([(id, position)], device array)."""
+        wanted = []
+        shared_rows = self.target.hidden_shared.shape[2]
+        for row, _, offset in place_chunks(batch, shape):
+            asked = row.request.read_positions
+            first = shape.slots + offset - row.start
+            if row.group is not None:
+                first += shared_rows - shape.shared_tokens  # the state holds the shared area at its full size
+            for p in asked[bisect_left(asked, row.start) : bisect_left(asked, row.end)]:
+                wanted.append(((row.request.id, p), first + p, row.group or 0))
+        reads = []
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        for at in range(0, len(wanted), READOUT_ROWS):
+            part = wanted[at : at + READOUT_ROWS]
+            rows, groups = np.zeros((2, READOUT_ROWS), np.int32)
+            rows[: len(part)], groups[: len(part)] = [w[1] for w in part], [w[2] for w in part]
+            if self._on_cpu:
+                jax.block_until_ready(self._state)
+            sent = self._to_devices(rows, replicated), self._to_devices(groups, replicated)
+            logits = self._program("readout")(self.params, self._state, *sent)
+            if self._on_cpu:
+                logits.block_until_ready()
+            logits.copy_to_host_async()
+            reads.append(([w[0] for w in part], logits))
+        return reads
+
+    def _result(self) -> StepResult:
+        batch, shape, tokens, reads = self._unread.popleft()
+        token = np.asarray(tokens.addressable_data(0))
+        logits = {}
+        for keys, values in reads:
+            logits |= dict(zip(keys, np.asarray(values.addressable_data(0)), strict=False))
+        return StepResult(
+            batch,
+            decode_tokens=tuple(int(token[row.group or 0, row.slot]) for row in batch.decodes),
+            chunk_tokens=tuple(
+                int(token[row.group or 0, shape.slots + index]) if row.last else 0
+                for row, index, _ in place_chunks(batch, shape)
+            ),
+            logits=logits,
+            time_s=self.now(),
+        )
+
+
+def _pages_that_fit(config: ModelConfig, params: Params, serve: ServeConfig, mesh: Mesh) -> int:
+    """Pages per group that the devices have memory for beside the weights; on a CPU, CPU_POOL_TOKENS."""
+    spec = spec_of(mesh)
+    device = mesh.local_devices[0]
+    if device.platform == "cpu":
+        return -(-CPU_POOL_TOKENS // serve.page_tokens)
+    dtype = params.embed.dtype
+    one, two = (cache.state_bytes_per_device(cache.abstract(config, serve, mesh, dtype, pages)) for pages in (1, 2))
+    stats = device.memory_stats() or {}
+    room = int(stats.get("bytes_limit", 0) * MEMORY_FRACTION) - weight_bytes_per_device(params) - one
+    pages = 1 + room // (two - one)
+    if pages < 1:
+        raise RequestError("mesh", str(spec), f"leaves no memory for pages on {device.device_kind}")
+    return int(pages)

@@ -1,0 +1,45 @@
+"""The loop: schedule, step, commit. The same for a device mesh and for a model of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mnemosyne_jax.serve.batch import Batch
+from mnemosyne_jax.serve.executor import Executor
+from mnemosyne_jax.serve.request import Request, Sequence
+from mnemosyne_jax.serve.scheduler import Scheduler
+
+
+@dataclass
+class Loop:
+    """One scheduler driving one executor. `batches` records what was submitted, if asked to."""
+
+    scheduler: Scheduler
+    executor: Executor
+    keep_batches: bool = False
+    batches: list[Batch] = field(default_factory=list)
+    _in_flight: int = 0  # ticks since the last batch that was not empty, counted down
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits, runs, or is still in the pipe."""
+        return self.scheduler.idle and self._in_flight == 0
+
+    def tick(self, arrivals: list[Request] = [], cancels: list[str] = []) -> tuple[list[Sequence], list[Sequence]]:  # noqa: B006
+        """Runs one tick: (sequences that arrived, sequences that moved on).
+
+        In a run of several processes the arrivals, cancels and time of process 0 hold in all of
+        them, so that all schedule alike. Requests must have been checked.
+        """
+        now_s, arrivals, cancels = self.executor.agree((self.executor.now(), arrivals, cancels))
+        arrived = [self.scheduler.submit(request, now_s) for request in arrivals]
+        for id in cancels:
+            self.scheduler.cancel(id)
+        if self.idle:
+            return arrived, []
+        batch = self.scheduler.next_batch(now_s)
+        self._in_flight = max(0, self._in_flight - 1) if batch.empty else self.executor.depth
+        if self.keep_batches:
+            self.batches.append(batch)
+        result = self.executor.step(batch)
+        return arrived, self.scheduler.commit(result) if result else []

@@ -1,0 +1,236 @@
+"""Admission, and what enters the pipe at each tick: decodes first, then prompts in order of arrival."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from mnemosyne_jax.config import MeshSpec, ServeConfig
+from mnemosyne_jax.errors import RequestError
+from mnemosyne_jax.serve.batch import Batch, ChunkRow, DecodeRow
+from mnemosyne_jax.serve.chunking import ChooseChunk, largest_chunk
+from mnemosyne_jax.serve.executor import NOT_FINITE, StepResult
+from mnemosyne_jax.serve.pages import PagePool, Span, grown_layout, private_layout, striped_layout
+from mnemosyne_jax.serve.request import Phase, Request, Sequence, Timeline, checked
+
+
+class Scheduler:
+    """Sole owner of Sequences and PagePools. It never reads a clock and never sees a token before it must.
+
+    `fits(shared_tokens, private_tokens)` says whether a compiled program holds these chunk areas.
+    """
+
+    def __init__(
+        self,
+        serve: ServeConfig,
+        mesh: MeshSpec,
+        *,
+        pool_pages: int,
+        vocab: int,
+        fits: Callable[[int, int], bool],
+        choose_chunk: ChooseChunk = largest_chunk,
+    ):
+        self.serve, self.mesh, self.vocab = serve, mesh, vocab
+        self._fits, self._choose_chunk = fits, choose_chunk
+        self.pools = [PagePool(pool_pages) for _ in range(mesh.kvp)]
+        self.tick = 0  # the next to be submitted
+        self.sequences: dict[str, Sequence] = {}  # waiting and running
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # in order of admission
+        shared = serve.shared_slots(mesh)
+        self._free_slots: dict[int | None, list[int]] = {None: list(range(shared))}
+        self._free_slots |= {g: list(range(shared, serve.slots(mesh))) for g in range(mesh.kvp)}
+        self._quarantined_slots: deque[tuple[int, int | None, int]] = deque()
+
+    # Requests in and out.
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of keys and values that one request can have when it is alone."""
+        groups = self.mesh.kvp
+        return self.pools[0].size * self.serve.page_tokens * groups
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no pages yet."""
+        return len(self._waiting)
+
+    def check(self, request: Request, now_s: float, stop_ids: tuple[int, ...] = ()) -> Request:
+        """The request with every default filled in; `stop_ids` are the model's.
+
+        Raises: RequestError if it can never be served as asked.
+        """
+        return checked(request, self.vocab, self.longest, now_s, stop_ids)
+
+    def submit(self, request: Request, now_s: float, stop_ids: tuple[int, ...] = ()) -> Sequence:
+        """The Sequence of an accepted request, queued.
+
+        Raises: RequestError if it cannot be served as asked; nothing has changed then.
+        """
+        if request.id in self.sequences:
+            raise RequestError("id", request.id, "is already queued or running")
+        if self.waiting >= self.serve.max_waiting:
+            raise RequestError("queue", self.waiting, f"is full: at most {self.serve.max_waiting} requests wait")
+        request = self.check(request, now_s, stop_ids)
+        sequence = Sequence(request, Timeline(arrival_s=request.arrival_s or 0.0))
+        self.sequences[request.id] = sequence
+        self._waiting.append(sequence)
+        return sequence
+
+    def cancel(self, id: str) -> bool:
+        """Ends a request in any phase; its pages go to quarantine at once. False if there is none of that id."""
+        sequence = self.sequences.get(id)
+        if sequence is not None:
+            self._finish(sequence, "cancelled")
+        return sequence is not None
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs (late rows may still be in the pipe)."""
+        return not self.sequences
+
+    # One tick.
+
+    def next_batch(self, now_s: float) -> Batch:
+        """The batch of the next tick, which is thereby submitted: it must be run."""
+        self._drain()
+        self._admit(now_s)
+        decodes = tuple(self._decode_rows())
+        chunks = tuple(self._chunk_rows())
+        batch = Batch(self.tick, decodes, chunks)
+        self.tick += 1
+        return batch
+
+    def commit(self, result: StepResult) -> list[Sequence]:
+        """Takes in what a batch gave; returns the sequences that it moved on."""
+        moved = []
+        for row, token in zip(result.batch.chunks, result.chunk_tokens, strict=True):
+            sequence = self.sequences.get(row.request.id)
+            if sequence is None or sequence.request is not row.request:
+                continue  # it ended while this row was in the pipe
+            sequence.prompt_done = row.end
+            sequence.logits |= {p: v for (id, p), v in result.logits.items() if id == row.request.id}
+            moved.append(sequence)
+            if row.last:
+                sequence.phase = Phase.DECODE
+                self._take_token(sequence, token, result.time_s)
+        for row, token in zip(result.batch.decodes, result.decode_tokens, strict=True):
+            sequence = self.sequences.get(row.request.id)
+            if sequence is not None and sequence.request is row.request:
+                moved.append(sequence)
+                self._take_token(sequence, token, result.time_s)
+        return moved
+
+    def _take_token(self, sequence: Sequence, token: int, time_s: float) -> None:
+        if token == NOT_FINITE:
+            self._finish(sequence, "error: a logit was not finite")
+            return
+        sequence.tokens.append(token)
+        sequence.timeline.token_s.append(time_s)
+        if token in (sequence.request.stop_ids or ()):
+            self._finish(sequence, "stop")
+        elif len(sequence.tokens) == sequence.request.max_new_tokens:
+            self._finish(sequence, "length")
+
+    def _decode_rows(self) -> Iterable[DecodeRow]:
+        for s in self._running:
+            r = s.request
+            if s.tokens_scheduled and s.tokens_scheduled < r.max_new_tokens and s.next_tick <= self.tick:
+                yield DecodeRow(r, s.slot, s.group, s.spans, position=len(r.prompt) + s.tokens_scheduled - 1)
+                s.tokens_scheduled += 1
+                s.next_tick = self.tick + self.mesh.spp
+
+    def _chunk_rows(self) -> Iterable[ChunkRow]:
+        serve = self.serve
+        rows = {None: 0} | dict.fromkeys(range(self.mesh.kvp), 0)  # chunk rows and tokens taken so far, by group
+        tokens = dict(rows)
+        for s in self._running:
+            if s.prompt_scheduled == len(s.request.prompt):
+                continue
+            if rows[s.group] == (serve.shared_chunks if s.group is None else serve.private_chunks):
+                continue
+            room = self._room(tokens, s.group)
+            length = self._choose_chunk(s, room) if room else 0
+            if length == 0:
+                continue
+            yield ChunkRow(s.request, s.slot, s.group, s.spans, s.prompt_scheduled, length)
+            rows[s.group] += 1
+            tokens[s.group] += length
+            s.prompt_scheduled += length
+            if s.prompt_scheduled == len(s.request.prompt):
+                s.tokens_scheduled = 1
+                s.next_tick = self.tick + self.mesh.spp
+
+    def _room(self, tokens: dict[int | None, int], group: int | None) -> int:
+        """Tokens a further chunk of `group` may have: within the budget of every group it loads, in a program that exists."""
+        shared, private = tokens[None], max(tokens[g] for g in range(self.mesh.kvp))
+        loaded = private if group is None else tokens[group]
+        room = self.serve.chunk_tokens - shared - loaded
+        if group is None:
+            sizes = [b - shared for b in self.serve.buckets if self._fits(b, private)]
+        else:
+            sizes = [b - loaded for b in self.serve.buckets if self._fits(shared, b)]
+        return max(0, min(room, max(sizes, default=0)))
+
+    # Slots and pages.
+
+    def _admit(self, now_s: float) -> None:
+        """Gives slots and all the pages they can need to waiting requests, in order, until one has to wait.
+
+        Reserving everything at once is what keeps several long requests from each holding a part
+        that the others wait for.
+        """
+        while self._waiting and self._place(self._waiting[0]):
+            sequence = self._waiting.popleft()
+            sequence.phase = Phase.PREFILL
+            sequence.timeline.admitted_s = now_s
+            self._running.append(sequence)
+
+    def _place(self, sequence: Sequence) -> bool:
+        serve, groups = self.serve, self.mesh.kvp
+        pages = -(-sequence.request.total_tokens // serve.page_tokens)
+        fits_one = sequence.request.total_tokens <= serve.span_tokens and pages <= self.pools[0].size
+        if groups == 1 or fits_one:
+            pending = [0] * groups
+            for s in self._running:
+                if s.group is not None:
+                    pending[s.group] += len(s.request.prompt) - s.prompt_scheduled + 1
+            ready = [g for g in range(groups) if self._free_slots[g] and self.pools[g].free >= pages]
+            if not ready:
+                return False
+            sequence.group = min(ready, key=lambda g: (pending[g], g))
+            layout = private_layout(pages)
+            held_by = [sequence.group]
+        else:
+            span_pages = min(serve.span_tokens // serve.page_tokens, self.pools[0].size)
+            layout = grown_layout(pages, groups, span_pages) if serve.placement == "grow" else striped_layout(pages, groups)
+            held_by = list(range(groups))
+            fit = all(self.pools[g].free >= count for g, (_, _, count) in zip(held_by, layout, strict=True))
+            if not self._free_slots[None] or not fit:
+                return False
+            sequence.group = None
+        sequence.slot = self._free_slots[sequence.group].pop(0)
+        sequence.spans = tuple(
+            Span(g, start, stride, self.pools[g].grant(count)) for g, (start, stride, count) in zip(held_by, layout, strict=True)
+        )
+        return True
+
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        if sequence.phase is Phase.WAITING:
+            self._waiting.remove(sequence)
+        else:
+            self._running.remove(sequence)
+            for span in sequence.spans:
+                self.pools[span.group].release(span.pages, self.tick - 1)
+            self._quarantined_slots.append((self.tick - 1, sequence.group, sequence.slot))
+        sequence.phase, sequence.reason = Phase.FINISHED, reason
+        del self.sequences[sequence.request.id]
+
+    def _drain(self) -> None:
+        """Frees pages and slots once every batch submitted up to their release has left the last stage."""
+        done_tick = self.tick - self.mesh.spp
+        for pool in self.pools:
+            pool.drain(done_tick)
+        while self._quarantined_slots and self._quarantined_slots[0][0] <= done_tick:
+            _, group, slot = self._quarantined_slots.popleft()
+            self._free_slots[group].append(slot)
