@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
 from mnemosyne_jax.errors import RequestError
 
@@ -182,3 +183,13 @@ class HardwareConfig:
     memory_bytes: int = 8 * 2**30
     hbm_bytes_per_s: float = 2e10
     matmul_flops_per_s: float = 1e11
+
+
+Config = TypeVar("Config")
+
+
+def from_yaml(kind: type[Config], path: str | Path) -> Config:
+    """The `kind` (ModelConfig, HardwareConfig, ...) that a YAML file describes; draccus refuses unknown keys and wrong types."""
+    import draccus
+
+    return draccus.parse(kind, config_path=str(path), args=[])

@@ -84,6 +84,10 @@ def _pack_rows(inputs: StepInputs, stage: int, batch: Batch, shape: StepShape) -
 
 
 def _pack_entering(inputs: StepInputs, batch: Batch, shape: StepShape) -> None:
+    for row in batch.decodes:
+        if row.token is not None:
+            at = (slice(None), slice(None) if row.group is None else row.group, row.slot)
+            inputs.entering.tokens[at], inputs.entering.known[at] = row.token, 1
     for row, _, offset in place_chunks(batch, shape):
         groups = slice(None) if row.group is None else row.group
         tokens = slice(shape.slots + offset, shape.slots + offset + row.length)

@@ -24,13 +24,13 @@ from mnemosyne_jax.model.inputs import StepShape, buffer_words, step_shapes
 from mnemosyne_jax.model.params import Params, weight_bytes_per_device
 from mnemosyne_jax.model.step import INPUTS, make_readout, make_state, make_step
 from mnemosyne_jax.packing import pack, place_chunks, smallest_shape
+from mnemosyne_jax.planning import ACTIVATION_FRACTION
 from mnemosyne_jax.serve.batch import Batch
 from mnemosyne_jax.serve.executor import StepResult
 
 log = logging.getLogger("mnemosyne_jax")
 READOUT_ROWS = 64
 CPU_POOL_TOKENS = 32_768
-MEMORY_FRACTION = 0.85  # of the device, for weights and pages; the rest is a tick's activations
 
 
 class JaxExecutor:
@@ -91,16 +91,13 @@ class JaxExecutor:
     def _build(self, key: Any) -> Callable:
         if key == "state":
             return make_state(self.target).lower().compile()
-        params, state = self.params, self.target
-        replicated = NamedSharding(self.mesh, PartitionSpec())
         if key == "readout":
-            rows = jax.ShapeDtypeStruct((READOUT_ROWS,), np.int32, sharding=replicated)
-            return make_readout(params, state, self.mesh, config=self.config).lower(params, state, rows, rows).compile()
-        step = make_step(
-            params, state, self.mesh, config=self.config, shape=key, rope_precision=self.serve.rope_precision
-        )
+            rows = jax.ShapeDtypeStruct((READOUT_ROWS,), np.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
+            return make_readout(self.mesh, self.config, self.dtype).lower(self.params, self.target, rows, rows).compile()
+        step = make_step(self.mesh, self.config, key, self.dtype, self.serve.rope_precision)
         words = (self.spec.spp, self.spec.kvp, buffer_words(key))
-        return step.lower(params, state, jax.ShapeDtypeStruct(words, np.int32, sharding=self._sharding)).compile()
+        buffer = jax.ShapeDtypeStruct(words, np.int32, sharding=self._sharding)
+        return step.lower(self.params, self.target, buffer).compile()
 
     def memory_analysis(self, shape: StepShape) -> Any:
         """XLA's account of a tick's memory per device: arguments, outputs, aliases and temporaries, in bytes."""
@@ -188,7 +185,7 @@ def _pages_that_fit(config: ModelConfig, params: Params, serve: ServeConfig, mes
     dtype = params.embed.dtype
     one, two = (cache.state_bytes_per_device(cache.abstract(config, serve, mesh, dtype, pages)) for pages in (1, 2))
     stats = device.memory_stats() or {}
-    room = int(stats.get("bytes_limit", 0) * MEMORY_FRACTION) - weight_bytes_per_device(params) - one
+    room = int(stats.get("bytes_limit", 0) * (1 - ACTIVATION_FRACTION)) - weight_bytes_per_device(params) - one
     pages = 1 + room // (two - one)
     if pages < 1:
         raise RequestError("mesh", str(spec), f"leaves no memory for pages on {device.device_kind}")

@@ -22,6 +22,7 @@ from mnemosyne_jax.model.cache import KVCache, State
 from mnemosyne_jax.model.inputs import StepInputs, StepShape, positions_of, unpack
 from mnemosyne_jax.model.layers import all_logits, embed, from_last_stage, project_out, project_qkv, rms_norm, sample, swiglu, unembed
 from mnemosyne_jax.model.params import LayerParams, Params
+from mnemosyne_jax.model.params import abstract as abstract_params
 from mnemosyne_jax.model.rope import rotary_tables
 
 INPUTS = "stage/spp group/kvp word"
@@ -98,22 +99,22 @@ def readout(params: Params, state: State, rows: jax.Array, groups: jax.Array, *,
     return all_logits(unembed(x_XD, params, config), config.vocab)
 
 
-def make_step(params: Params, state: State, mesh: Mesh, *, config: ModelConfig, shape: StepShape, rope_precision: str) -> Callable:
+def make_step(mesh: Mesh, config: ModelConfig, shape: StepShape, dtype: Any, rope_precision: str = "exact") -> Callable:
     """The jitted tick of one StepShape: (params, state, buffer) -> (state, tokens [kvp, X]), `state` donated.
 
     `buffer` is int32 [spp, kvp, words] as `inputs.views` fills it. Tokens are those of the batch
     leaving the pipe, -1 where a logit was not finite.
     """
     body = functools.partial(tick, config=config, shape=shape, rope_precision=rope_precision)
-    ins = (partitions(params), partitions(state), partition(INPUTS))
-    return _compile_on(mesh, body, ins, (partitions(state), PartitionSpec()), params, donate=(1,))
+    params, state = _partitions(mesh, config)
+    return _compile_on(mesh, body, (params, state, partition(INPUTS)), (state, PartitionSpec()), dtype, donate=(1,))
 
 
-def make_readout(params: Params, state: State, mesh: Mesh, *, config: ModelConfig) -> Callable:
+def make_readout(mesh: Mesh, config: ModelConfig, dtype: Any) -> Callable:
     """The jitted readout: (params, state, rows [X], groups [X]) -> logits [X, vocab] float32."""
-    body = functools.partial(readout, config=config)
-    ins = (partitions(params), partitions(state), PartitionSpec(), PartitionSpec())
-    return _compile_on(mesh, body, ins, PartitionSpec(), params, donate=())
+    params, state = _partitions(mesh, config)
+    ins = (params, state, PartitionSpec(), PartitionSpec())
+    return _compile_on(mesh, functools.partial(readout, config=config), ins, PartitionSpec(), dtype, donate=())
 
 
 def make_state(target: State) -> Callable[[], State]:
@@ -122,11 +123,14 @@ def make_state(target: State) -> Callable[[], State]:
     return jax.jit(zeros, out_shardings=jax.tree.map(lambda x: x.sharding, target))
 
 
-def _compile_on(mesh: Mesh, body: Callable, ins: Any, outs: Any, params: Params, donate: tuple[int, ...]) -> Callable:
+def _partitions(mesh: Mesh, config: ModelConfig) -> tuple[Any, Any]:
+    return partitions(abstract_params(config, mesh, jnp.float32)), partitions(State(KVCache(0, 0), 0, 0, 0, 0))  # type: ignore[arg-type]
+
+
+def _compile_on(mesh: Mesh, body: Callable, ins: Any, outs: Any, dtype: Any, donate: tuple[int, ...]) -> Callable:
     def run(*args):
         # Float32 models compute in float32 everywhere: a GPU would otherwise use TF32 for its matrix products.
-        exact = params.embed.dtype == jnp.float32
-        with jax.default_matmul_precision("highest") if exact else nullcontext():
+        with jax.default_matmul_precision("highest") if dtype == jnp.float32 else nullcontext():
             return body(*args)
 
     return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False), donate_argnums=donate)

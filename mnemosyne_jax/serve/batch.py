@@ -10,7 +10,7 @@ from mnemosyne_jax.serve.request import Request
 
 @dataclass(frozen=True, eq=False)
 class DecodeRow:
-    """The next token of one sequence: its input, at `position`, comes from the register of `slot`.
+    """The next token of one sequence: its input, at `position`, comes from the register of `slot`, unless `token` is given.
 
     `group` None means a row shared by all groups.
     """
@@ -20,6 +20,7 @@ class DecodeRow:
     group: int | None
     spans: tuple[Span, ...]
     position: int
+    token: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
