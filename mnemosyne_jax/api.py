@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mnemosyne_jax import checkpoint, needle
+from mnemosyne_jax import checkpoint, needle, snapshot
 from mnemosyne_jax.config import MeshSpec, ModelConfig, ServeConfig
 from mnemosyne_jax.errors import GenerationError, RequestError
 from mnemosyne_jax.mesh import make_mesh, spec_of
@@ -143,14 +143,22 @@ class Engine:
     def load(
         cls, path: str | Path, mesh: MeshSpec = MeshSpec(), serve: ServeConfig = ServeConfig(), dtype: str | None = None
     ) -> Engine:
-        """An Engine over a local Hugging Face folder of safetensors. Compiles nothing; see `warmup`.
+        """An Engine over a local Hugging Face folder of safetensors, or a folder that `save` wrote. Compiles nothing; see `warmup`.
 
         `dtype` None keeps the checkpoint's. Raises: RequestError for a checkpoint, mesh or setting
         that cannot be served, before a device is touched.
         """
-        checkpoint.read_config(path).refuse_mesh(mesh)
-        config, params = checkpoint.load(path, (device_mesh := make_mesh(mesh)), None if dtype is None else jnp.dtype(dtype))
+        wanted = None if dtype is None else jnp.dtype(dtype)
+        if (Path(path) / snapshot.FACTS).is_file():
+            config, params = snapshot.restore(path, device_mesh := make_mesh(mesh), wanted)
+        else:
+            checkpoint.read_config(path).refuse_mesh(mesh)
+            config, params = checkpoint.load(path, device_mesh := make_mesh(mesh), wanted)
         return cls(config, params, device_mesh, serve)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the weights with orbax in one layout that `load` restores onto any mesh."""
+        snapshot.save(path, self.params, self.config)
 
     @classmethod
     def needle(cls, mesh: MeshSpec = MeshSpec(), serve: ServeConfig = ServeConfig(), dtype: str = "float32") -> Engine:

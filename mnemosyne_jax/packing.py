@@ -56,31 +56,41 @@ def _blank(inputs: StepInputs, shape: StepShape) -> None:
 
 
 def _pack_rows(inputs: StepInputs, stage: int, batch: Batch, shape: StepShape) -> None:
-    deltas = [0] * inputs.decodes.slots.shape[1]  # pages made known so far, by group
-
-    def put(rows, index: int, row: DecodeRow | ChunkRow, begin: int, end: int) -> None:
-        for span in row.spans:
-            g, at = span.group, (stage, span.group, index)
-            rows.slots[at], rows.positions[at] = row.slot, begin
-            rows.kv_lens[at] = span.local_tokens(end, shape.page_tokens)
-            rows.key_start[at], rows.key_stride[at] = span.start, span.stride
-            rows.rotary_offsets[at] = row.request.first_position
-            first, last = span.touched(begin, end, shape.page_tokens)
-            if first < last:
-                new = (stage, g, slice(deltas[g], deltas[g] + last - first))
-                inputs.deltas.slots[new] = row.slot
-                inputs.deltas.indices[new] = np.arange(first, last)
-                inputs.deltas.pages[new] = span.pages[first:last]
-                deltas[g] += last - first
-
-    for row in batch.decodes:
-        put(inputs.decodes, row.slot, row, row.position, row.position + 1)
-    for row, index, offset in place_chunks(batch, shape):
-        put(inputs.chunks, index, row, row.start, row.end)
+    pages_known = [0] * inputs.decodes.slots.shape[1]  # of this batch, by group
+    placed = place_chunks(batch, shape)
+    decodes = [(row, row.slot, row.position, row.position + 1) for row in batch.decodes]
+    chunks = [(row, index, row.start, row.end) for row, index, _ in placed]
+    for rows, entries in ((inputs.decodes, decodes), (inputs.chunks, chunks)):
+        cells = []  # one for each row and group: (group, index, and the values of `leaves`)
+        for row, index, begin, end in entries:
+            slot, first_position = row.slot, row.request.first_position
+            for span in row.spans:
+                keys = span.local_tokens(end, shape.page_tokens)
+                cells.append((span.group, index, slot, begin, keys, span.start, span.stride, first_position))
+                first, last = span.touched(begin, end, shape.page_tokens)
+                if first < last:
+                    at = pages_known[span.group]
+                    pages_known[span.group] += last - first
+                    new = (stage, span.group, slice(at, at + last - first))
+                    inputs.deltas.slots[new] = slot
+                    inputs.deltas.indices[new] = np.arange(first, last)
+                    inputs.deltas.pages[new] = span.pages[first:last]
+        leaves = (rows.slots, rows.positions, rows.kv_lens, rows.key_start, rows.key_stride, rows.rotary_offsets)
+        _scatter(leaves, stage, cells)
+    for row, index, offset in placed:
         groups = slice(None) if row.group is None else row.group
         gap = shape.shared_chunks + 1
         stop = gap if row.group is None else None  # later rows of the same kind begin where this one ends
         inputs.chunks.cu_q_lens[stage, groups, index + 1 : stop] = offset + row.length
+
+
+def _scatter(leaves: Sequence[np.ndarray], stages: int | slice, cells: Sequence[tuple]) -> None:
+    """leaves[i][stages, group, index] = value i of every cell (group, index, *values); one assignment for each leaf."""
+    if cells:
+        group, index, *columns = zip(*cells, strict=True)
+        at = (stages, np.array(group), np.array(index))
+        for leaf, column in zip(leaves, columns, strict=True):
+            leaf[at] = column
 
 
 def _pack_entering(inputs: StepInputs, batch: Batch, shape: StepShape) -> None:
@@ -96,15 +106,14 @@ def _pack_entering(inputs: StepInputs, batch: Batch, shape: StepShape) -> None:
 
 def _pack_leaving(inputs: StepInputs, batch: Batch, shape: StepShape) -> None:
     leaving, R = inputs.leaving, shape.slots
-
-    def put(index: int, row: DecodeRow | ChunkRow, token_row: int, position: int) -> None:
-        at = (slice(None), slice(None) if row.group is None else row.group, index)
-        request = row.request
-        leaving.rows[at], leaving.slots[at], leaving.positions[at] = token_row, row.slot, position
-        leaving.seeds[at], leaving.temperature[at], leaving.top_p[at] = request.seed, request.temperature, request.top_p
-
-    for row in batch.decodes:
-        put(row.slot, row, row.slot, row.position)
-    for row, index, offset in place_chunks(batch, shape):
-        if row.last:
-            put(R + index, row, R + offset + row.length - 1, row.end - 1)
+    sampled = [(row, row.slot, row.slot, row.position) for row in batch.decodes]
+    placed = place_chunks(batch, shape)
+    sampled += [(row, R + i, R + offset + row.length - 1, row.end - 1) for row, i, offset in placed if row.last]
+    every_group = range(leaving.rows.shape[1])
+    cells = []
+    for row, index, token_row, position in sampled:
+        r = row.request
+        values = (index, token_row, row.slot, position, r.seed, r.temperature, r.top_p)
+        cells += [(group, *values) for group in (every_group if row.group is None else (row.group,))]
+    leaves = (leaving.rows, leaving.slots, leaving.positions, leaving.seeds, leaving.temperature, leaving.top_p)
+    _scatter(leaves, slice(None), cells)

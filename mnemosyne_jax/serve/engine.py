@@ -32,7 +32,7 @@ class Loop:
         them, so that all schedule alike. Requests must have been checked.
         """
         now_s, arrivals, cancels = self.executor.agree((self.executor.now(), arrivals, cancels))
-        arrived = [self.scheduler.submit(request, now_s) for request in arrivals]
+        arrived = [self.scheduler.enqueue(request) for request in arrivals]
         for id in cancels:
             self.scheduler.cancel(id)
         if self.idle:

@@ -55,8 +55,8 @@ def grown_layout(pages: int, groups: int, span_pages: int) -> list[tuple[int, in
 class PagePool:
     """The pages of one group: free, granted, or in quarantine.
 
-    A page released at tick t may still be written by ticks submitted up to t, so it is granted
-    again only once all of them have left the pipe.
+    A released page may still be written by rows in the pipe, up to the last tick that carries one of
+    its owner, so it is granted again only once that tick has left the pipe.
     """
 
     def __init__(self, pages: int):

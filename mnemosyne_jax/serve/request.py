@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from mnemosyne_jax.errors import RequestError
 from mnemosyne_jax.serve.pages import Span
 
 MAX_POSITION = 2**31 - 1
+HOTTEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)  # devices sample in float32
+COLDEST = 1e-6  # a lower temperature is greedy: logits divided by it could overflow
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,46 +50,58 @@ def checked(request: Request, vocab: int, longest: int, now_s: float, stop_ids: 
 
     Raises: RequestError naming field, value and limit, for anything that cannot be served as asked.
     """
+    if not isinstance(request.id, str):
+        raise RequestError("id", request.id, "must be a string")
     prompt = _checked_ids("prompt", request.prompt, vocab)
     if prompt.size == 0:
         raise RequestError("prompt", "empty", "must hold at least one token")
     if not _is_int(request.max_new_tokens) or request.max_new_tokens < 1:
         raise RequestError("max_new_tokens", request.max_new_tokens, "must be an integer of at least 1")
+    new_tokens = int(request.max_new_tokens)  # from here on no sum can overflow a small numpy type
     stops = stop_ids if request.stop_ids is None else request.stop_ids
     stops = tuple(int(i) for i in _checked_ids("stop_ids", stops, vocab))
-    if not _is_finite(request.temperature) or request.temperature < 0:
-        raise RequestError("temperature", request.temperature, "must be a finite number, 0 (greedy) or more")
-    if not _is_finite(request.top_p) or not 0 < request.top_p <= 1:
+    if not _is_finite(request.temperature) or not 0 <= float(request.temperature) <= HOTTEST:
+        raise RequestError("temperature", request.temperature, "must be a finite float32, 0 (greedy) or more")
+    temperature = float(request.temperature)
+    if not _is_finite(request.top_p) or not 0 < float(request.top_p) <= 1:
         raise RequestError("top_p", request.top_p, "must be in (0, 1]")
     if not _is_int(request.seed) or not 0 <= request.seed < 2**32:
         raise RequestError("seed", request.seed, "must be an integer in [0, 2**32)")
     if request.arrival_s is not None and not _is_finite(request.arrival_s):
         raise RequestError("arrival_s", request.arrival_s, "must be a finite number of seconds")
-    arrival_s = now_s if request.arrival_s is None else request.arrival_s
+    arrival_s = now_s if request.arrival_s is None else float(request.arrival_s)
     if request.deadline_s is not None:
         if not _is_finite(request.deadline_s) or request.deadline_s <= 0:
             raise RequestError("deadline_s", request.deadline_s, "must be a positive number of seconds after arrival")
-        if arrival_s + request.deadline_s <= now_s:
-            raise RequestError("deadline_s", request.deadline_s, f"has passed: it is {now_s - arrival_s:.3f} s since arrival")
-    total = prompt.size + request.max_new_tokens - 1
+        if arrival_s + float(request.deadline_s) <= now_s:
+            raise RequestError(
+                "deadline_s", request.deadline_s, f"has passed: it is {now_s - arrival_s:.3f} s since arrival"
+            )
+    total = prompt.size + new_tokens - 1
     if total > longest:
-        most = longest + 1 - request.max_new_tokens
-        fits = f"a prompt of at most {most} tokens" if most > 0 else f"at most {longest} new tokens after a prompt of one"
+        most = longest + 1 - new_tokens
+        fits = (
+            f"a prompt of at most {most} tokens" if most > 0 else f"at most {longest} new tokens after a prompt of one"
+        )
         raise RequestError(
             "prompt + max_new_tokens",
-            prompt.size + request.max_new_tokens,
-            f"the longest that fits is {longest + 1} tokens in all: with {request.max_new_tokens} new tokens, {fits}",
+            prompt.size + new_tokens,
+            f"the longest that fits is {longest + 1} tokens in all: with {new_tokens} new tokens, {fits}",
         )
     first = request.first_position
     if not _is_int(first) or not 0 <= first <= MAX_POSITION - total:
-        raise RequestError("first_position", first, f"must be in [0, {MAX_POSITION - total}]: positions are below 2**31")
-    wanted = np.asarray(request.read_positions)
-    if wanted.size and (wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= prompt.size):
+        raise RequestError(
+            "first_position", first, f"must be in [0, {MAX_POSITION - total}]: positions are below 2**31"
+        )
+    wanted = _flat_integers("positions", request.read_positions)
+    if wanted.size and (wanted.min() < 0 or wanted.max() >= prompt.size):
         raise RequestError("positions", request.read_positions, f"must be integers in [0, {prompt.size})")
     return Request(
-        id=request.id, prompt=prompt, max_new_tokens=int(request.max_new_tokens), arrival_s=arrival_s,
-        deadline_s=request.deadline_s, temperature=float(request.temperature), top_p=float(request.top_p),
-        seed=int(request.seed), stop_ids=stops, read_positions=tuple(int(p) for p in wanted), first_position=int(first),
+        id=request.id, prompt=prompt, max_new_tokens=new_tokens, arrival_s=arrival_s,
+        deadline_s=None if request.deadline_s is None else float(request.deadline_s),
+        temperature=temperature if temperature >= COLDEST else 0.0,
+        top_p=max(float(request.top_p), SMALLEST), seed=int(request.seed), stop_ids=stops,
+        read_positions=tuple(int(p) for p in np.unique(wanted)), first_position=int(first),
     )  # fmt: skip
 
 
@@ -95,22 +110,32 @@ def _is_int(x: object) -> bool:
 
 
 def _is_finite(x: object) -> bool:
-    return isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool) and bool(np.isfinite(x))
+    if not isinstance(x, int | float | np.integer | np.floating) or isinstance(x, bool):
+        return False
+    try:
+        return math.isfinite(x)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _checked_ids(name: str, ids: object, vocab: int) -> np.ndarray:
+    array = _flat_integers(name, ids)
+    if array.size and (array.min() < 0 or array.max() >= vocab):
+        wrong = int(array.min() if array.min() < 0 else array.max())
+        raise RequestError(name, wrong, f"token ids must be in [0, {vocab})")
+    return np.array(array, np.int32)  # a copy: the caller's array may change while the prompt waits
+
+
+def _flat_integers(name: str, values: object) -> np.ndarray:
     try:
-        array = np.asarray(ids)
-    except ValueError:
-        raise RequestError(name, ids, "must be a flat list or 1-D array of integers") from None
+        array = np.asarray(values)
+    except (ValueError, TypeError, OverflowError):
+        array = np.asarray(None)
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise RequestError(name, ids, "must be a flat list or 1-D array of integers")
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= vocab:
-        raise RequestError(name, low if low < 0 else high, f"token ids must be in [0, {vocab})")
-    return np.array(array, np.int32)  # a copy: the caller's array may change while the prompt waits
+        raise RequestError(name, values, "must be a flat list or 1-D array of integers, each below 2**63")
+    return array
 
 
 class Phase(enum.Enum):
@@ -165,6 +190,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     logits: dict[int, np.ndarray] = field(default_factory=dict)  # by prompt position, where asked for
     next_tick: int = 0  # the first tick whose stage 0 can read this sequence's newest token
+    last_tick: int = -1  # the newest tick that carries a row of this sequence
     reason: str = ""  # why it finished: length, stop, cancelled, or an error's text
 
     @property

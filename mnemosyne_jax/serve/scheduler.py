@@ -67,11 +67,16 @@ class Scheduler:
 
         Raises: RequestError if it cannot be served as asked; nothing has changed then.
         """
+        request = self.check(request, now_s, stop_ids)
         if request.id in self.sequences:
             raise RequestError("id", request.id, "is already queued or running")
         if self.waiting >= self.serve.max_waiting:
             raise RequestError("queue", self.waiting, f"is full: at most {self.serve.max_waiting} requests wait")
-        request = self.check(request, now_s, stop_ids)
+        return self.enqueue(request)
+
+    def enqueue(self, request: Request) -> Sequence:
+        """The Sequence of a checked request, queued. Refuses nothing: a deadline may have passed since the check."""
+        assert request.id not in self.sequences, f"request {request.id} is already queued or running"
         sequence = Sequence(request, Timeline(arrival_s=request.arrival_s or 0.0))
         self.sequences[request.id] = sequence
         self._waiting.append(sequence)
@@ -119,6 +124,7 @@ class Scheduler:
             if sequence is not None and sequence.request is row.request:
                 moved.append(sequence)
                 self._take_token(sequence, token, result.time_s)
+        self._drain()  # also when no further tick comes: an idle scheduler holds nothing back
         return moved
 
     def _take_token(self, sequence: Sequence, token: int, time_s: float) -> None:
@@ -138,7 +144,7 @@ class Scheduler:
             if s.tokens_scheduled and s.tokens_scheduled < r.max_new_tokens and s.next_tick <= self.tick:
                 yield DecodeRow(r, s.slot, s.group, s.spans, position=len(r.prompt) + s.tokens_scheduled - 1)
                 s.tokens_scheduled += 1
-                s.next_tick = self.tick + self.mesh.spp
+                s.next_tick, s.last_tick = self.tick + self.mesh.spp, self.tick
 
     def _chunk_rows(self) -> Iterable[ChunkRow]:
         serve = self.serve
@@ -157,12 +163,13 @@ class Scheduler:
             rows[s.group] += 1
             tokens[s.group] += length
             s.prompt_scheduled += length
+            s.last_tick = self.tick
             if s.prompt_scheduled == len(s.request.prompt):
                 s.tokens_scheduled = 1
                 s.next_tick = self.tick + self.mesh.spp
 
     def _room(self, tokens: dict[int | None, int], group: int | None) -> int:
-        """Tokens a further chunk of `group` may have: within the budget of every group it loads, in a program that exists."""
+        """Tokens that `group` may still take: in the budget of every group it loads, in a program that exists."""
         shared, private = tokens[None], max(tokens[g] for g in range(self.mesh.kvp))
         loaded = private if group is None else tokens[group]
         room = self.serve.chunk_tokens - shared - loaded
@@ -203,7 +210,9 @@ class Scheduler:
             held_by = [sequence.group]
         else:
             span_pages = min(serve.span_tokens // serve.page_tokens, self.pools[0].size)
-            layout = grown_layout(pages, groups, span_pages) if serve.placement == "grow" else striped_layout(pages, groups)
+            layout = (
+                grown_layout(pages, groups, span_pages) if serve.placement == "grow" else striped_layout(pages, groups)
+            )
             held_by = list(range(groups))
             fit = all(self.pools[g].free >= count for g, (_, _, count) in zip(held_by, layout, strict=True))
             if not self._free_slots[None] or not fit:
@@ -211,7 +220,8 @@ class Scheduler:
             sequence.group = None
         sequence.slot = self._free_slots[sequence.group].pop(0)
         sequence.spans = tuple(
-            Span(g, start, stride, self.pools[g].grant(count)) for g, (start, stride, count) in zip(held_by, layout, strict=True)
+            Span(g, start, stride, self.pools[g].grant(count))
+            for g, (start, stride, count) in zip(held_by, layout, strict=True)
         )
         return True
 
@@ -221,13 +231,13 @@ class Scheduler:
         else:
             self._running.remove(sequence)
             for span in sequence.spans:
-                self.pools[span.group].release(span.pages, self.tick - 1)
-            self._quarantined_slots.append((self.tick - 1, sequence.group, sequence.slot))
+                self.pools[span.group].release(span.pages, sequence.last_tick)
+            self._quarantined_slots.append((sequence.last_tick, sequence.group, sequence.slot))
         sequence.phase, sequence.reason = Phase.FINISHED, reason
         del self.sequences[sequence.request.id]
 
     def _drain(self) -> None:
-        """Frees pages and slots once every batch submitted up to their release has left the last stage."""
+        """Frees pages and slots once the last batch with a row of their owner has left the last stage."""
         done_tick = self.tick - self.mesh.spp
         for pool in self.pools:
             pool.drain(done_tick)

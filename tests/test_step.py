@@ -1,0 +1,195 @@
+"""The tick's account: memory, copies, programs, host traffic, weights per device."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import mnemosyne_jax as mn
+from mnemosyne_jax.model.cache import state_bytes_per_device
+from mnemosyne_jax.model.inputs import buffer_words
+from mnemosyne_jax.model.params import weight_bytes_per_device
+from mnemosyne_jax.serve.batch import Batch
+from tests.engines import SMALL, engine, folder
+from tests.test_engine import prompts
+
+
+class Compilations:
+    """Counts XLA compilations between creation and `count`."""
+
+    total = 0
+
+    def __init__(self):
+        self.begin = Compilations.total
+
+    @property
+    def count(self) -> int:
+        return Compilations.total - self.begin
+
+
+def _listen(event: str, duration: float, **kwargs) -> None:
+    Compilations.total += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_memory_is_weights_and_cache_and_one_tick(mesh):
+    """State is donated whole, and what a tick needs beside it does not grow with the cache."""
+    temporaries = []
+    for pages in (32, 512):
+        one = engine("llama3", *mesh, pool_pages=pages).executor
+        for shape in (one.shapes[0], one.shapes[-1]):
+            memory = one.memory_analysis(shape)
+            state, weights = state_bytes_per_device(one.target), weight_bytes_per_device(one.params)
+            sent = 4 * buffer_words(shape)
+            assert memory.alias_size_in_bytes == state
+            assert 0 <= memory.argument_size_in_bytes - (state + weights + sent) < 4096
+            temporaries.append(memory.temp_size_in_bytes)
+    small, large = temporaries[:2], temporaries[2:]
+    assert large == small
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_cache_is_never_copied(mesh):
+    """No copy, transpose or convert of the cache's shape stands in the compiled tick."""
+    one = engine("llama3", *mesh).executor
+    kv = one.target.cache.kv
+    shape = ",".join(str(n) for n in kv.sharding.shard_shape(kv.shape))
+    for program in (one.shapes[0], one.shapes[-1]):
+        text = one._program(program).as_text()
+        makers = set(re.findall(rf"= f32\[{shape}\]\S* ([\w-]+)\(", text))
+        assert "scatter" in text and makers
+        assert not makers & {"copy", "copy-start", "transpose", "convert", "concatenate", "slice", "dynamic-slice"}, makers
+
+
+def test_programs_are_built_by_warmup_and_not_after():
+    serve = mn.ServeConfig(**(SMALL | dict(chunk_buckets=(8, 64), private_rows=3)))
+    folder("qwen2")
+    counted = Compilations()
+    one = mn.Engine.load(folder("qwen2"), mn.MeshSpec(2, 1, 1), serve)
+    assert counted.count == 0, "load compiles nothing"
+    programs = one.warmup()
+    assert counted.count == programs <= 16
+    rng = np.random.default_rng(0)
+    for n in range(6):
+        some = [rng.integers(0, 211, length) for length in rng.integers(1, 200, 5)]
+        one.generate(some, max_new_tokens=4, temperature=float(n % 2), stop_ids=())
+        one.logits(some[0], [0])
+    handle = one.submit(mn.Request("gone", some[0]))
+    one.tick()
+    handle.cancel()
+    one.tick()
+    assert counted.count == programs, "none is built after warm-up"
+
+
+def test_most_programs_a_configuration_can_ask_for():
+    from mnemosyne_jax.model.inputs import step_shapes
+
+    serve = mn.ServeConfig(chunk_tokens=512, chunk_buckets=(1, 2, 3, 4, 512))
+    for mesh in (mn.MeshSpec(), mn.MeshSpec(kvp=2)):
+        assert len(step_shapes(serve, mesh)) + 2 <= 16
+    with pytest.raises(mn.RequestError):
+        mn.ServeConfig(chunk_tokens=6, chunk_buckets=(1, 2, 3, 4, 5, 6))
+
+
+def test_host_traffic_does_not_grow_with_context(monkeypatch):
+    """A decode tick sends one buffer, of the same size with 10 and with 480 tokens behind it, and nothing implicit."""
+    one = engine("llama3")
+    one.warmup()
+    sent: list[int] = []
+    to_devices = one.executor._to_devices
+
+    def recorded(x, sharding):
+        sent.append(x.nbytes)
+        return to_devices(x, sharding)
+
+    monkeypatch.setattr(one.executor, "_to_devices", recorded)
+    by_length = []
+    for length in (10, 480):
+        handle = one.submit(mn.Request(f"n{length}", prompts(1, length)[0], 8, stop_ids=()))
+        while handle.progress().processed < length:
+            one.tick()
+        sent.clear()
+        with jax.transfer_guard_host_to_device("disallow"):
+            handle.result()
+        by_length.append((max(sent), min(sent)))
+    assert by_length[0] == by_length[1] == (4 * buffer_words(one.executor.shapes[0]),) * 2
+
+
+def test_ticks_are_submitted_before_tokens_are_read(monkeypatch):
+    """With ahead = 2 the token of a tick is read only after two more ticks were submitted, and tokens are the same."""
+    events = []
+    for ahead in (1, 2):
+        one = engine("llama3", spp=2, ahead=ahead)
+        step, result = one.executor.step, one.executor._result
+
+        def submitted(batch: Batch, step=step):
+            events.append(("submit", batch.tick))
+            return step(batch)
+
+        def read(result=result):
+            answer = result()
+            events.append(("read", answer.batch.tick))
+            return answer
+
+        monkeypatch.setattr(one.executor, "step", submitted)
+        monkeypatch.setattr(one.executor, "_result", read)
+        events.clear()
+        (got,) = one.generate(prompts(1, 40), max_new_tokens=6, stop_ids=())
+        assert got.tokens == engine("llama3").generate(prompts(1, 40), max_new_tokens=6, stop_ids=())[0].tokens
+        submitted_at = {tick: i for i, (kind, tick) in enumerate(events) if kind == "submit"}
+        for i, (kind, tick) in enumerate(events):
+            if kind == "read" and tick in submitted_at:
+                later = sum(1 for t, at in submitted_at.items() if t > tick and at < i)
+                assert later == one.executor.depth == 1 + ahead
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 4, 1), (1, 1, 8), (1, 2, 4), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("family", ["llama3", "mistral"])
+def test_weights_per_device(family, mesh):
+    """Each device holds total / (spp * tp), within 5%: tables are split too (kv heads fewer than tp are replicated)."""
+    params = engine(family, *mesh).params
+    one = engine(family).config
+    kv_copies = max(one.kv_heads, mesh[2]) / one.kv_heads
+    total = one.weights + (kv_copies - 1) * one.layers * 2 * one.width * one.kv_heads * one.head_dim
+    held = weight_bytes_per_device(params) / 4
+    assert held == pytest.approx(total / (mesh[1] * mesh[2]), rel=0.05)
+
+
+def test_functions_for_ones_own_loop():
+    """prefill_chunk and decode_step, two slots, on one device and on 2 x 2 x 2, against the engine."""
+    first, second = prompts(2, 70, seed=4)
+    one = engine("llama3")
+    want = [r.tokens for r in one.generate([first, second], max_new_tokens=5, stop_ids=())]
+    for mesh in ((1, 1, 1), (2, 2, 2)):
+        many = engine("llama3", *mesh)
+        cache = mn.init_cache(many.config, many.mesh, slots=2, context_tokens=96, page_tokens=16, chunk_tokens=40)
+        tokens = [[], []]
+        for slot, prompt in ((1, second), (0, first)):
+            cache, _ = mn.prefill_chunk(many.params, cache, prompt[:33], slot=slot)
+            cache, logits = mn.prefill_chunk(many.params, cache, prompt[33:], slot=slot, start=33)
+            np.testing.assert_allclose(logits, one.logits(prompt, [69])[0], atol=2e-4)
+            tokens[slot].append(int(logits.argmax()))
+        for i in range(4):
+            cache, new = mn.decode_step(many.params, cache, [tokens[1][-1], tokens[0][-1]], [1, 0], [70 + i, 70 + i])
+            tokens[1].append(int(new[0]))
+            tokens[0].append(int(new[1]))
+        assert tokens == want
+        with pytest.raises(mn.RequestError, match="slot"):
+            mn.prefill_chunk(many.params, cache, first[:4], slot=2)
+        with pytest.raises(mn.RequestError, match="positions_R"):
+            mn.decode_step(many.params, cache, [1], [0], [96])
+
+
+def test_plan_names_what_fits():
+    config = engine("llama3").config
+    card = mn.HardwareConfig(memory_bytes=10**9)
+    alone, spread = (mn.plan(config, card, mesh, 100_000) for mesh in (mn.MeshSpec(), mn.MeshSpec(2, 2, 2)))
+    per_token = 2 * config.layers * config.kv_heads * config.head_dim * 4
+    assert alone.kv_bytes_per_token == spread.kv_bytes_per_token == per_token
+    assert 7.9 < spread.longest_context_tokens / alone.longest_context_tokens < 8.1
+    assert alone.fits and alone.longest_context_tokens * per_token < 10**9
+    assert not mn.plan(config, card, mn.MeshSpec(), alone.longest_context_tokens + 1).fits
