@@ -1,4 +1,4 @@
-"""Exact serving of very long prompts beside short ones: adaptive chunks, a sequence pipeline, a cache spread over groups."""
+"""Exact serving of very long prompts beside short ones: chunks, a sequence pipeline, a cache spread over groups."""
 
 from mnemosyne_jax.api import Engine, Handle, Progress, Result
 from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, RopeConfig, ServeConfig, from_yaml

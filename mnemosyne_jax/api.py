@@ -38,7 +38,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """An answer: token ids without the prompt, when they came, and why it ended (length, stop, cancelled, error: ...)."""
+    """An answer: token ids without the prompt, when they came, why it ended (length, stop, cancelled, error: ...)."""
 
     tokens: list[int]
     timeline: Timeline
@@ -85,7 +85,7 @@ class Handle:
         return Progress(total, s.prompt_done, done_s - s.timeline.arrival_s, eta_s)
 
     def cancel(self) -> None:
-        """Ends the request at the next tick, in whatever phase it is; its pages come back. Does nothing once finished."""
+        """Ends the request at the next tick, in whatever phase it is; its pages come back. Does nothing if finished."""
         if not self.finished:
             self._engine._cancel(self.request.id)
 
@@ -143,10 +143,10 @@ class Engine:
     def load(
         cls, path: str | Path, mesh: MeshSpec = MeshSpec(), serve: ServeConfig = ServeConfig(), dtype: str | None = None
     ) -> Engine:
-        """An Engine over a local Hugging Face folder of safetensors, or a folder that `save` wrote. Compiles nothing; see `warmup`.
+        """An Engine over a local Hugging Face folder of safetensors, or a folder that `save` wrote.
 
-        `dtype` None keeps the checkpoint's. Raises: RequestError for a checkpoint, mesh or setting
-        that cannot be served, before a device is touched.
+        It compiles nothing yet; see `warmup`. `dtype` None keeps the checkpoint's. Raises:
+        RequestError for a checkpoint, mesh or setting that cannot be served, before a device is touched.
         """
         wanted = None if dtype is None else jnp.dtype(dtype)
         if (Path(path) / snapshot.FACTS).is_file():
@@ -188,7 +188,9 @@ class Engine:
         if request.id in self._handles:
             raise RequestError("id", request.id, "is already queued or running")
         if self.scheduler.waiting + len(self._arrivals) >= self.serve.max_waiting:
-            raise RequestError("queue", self.serve.max_waiting, f"is full: at most {self.serve.max_waiting} requests wait")
+            raise RequestError(
+                "queue", self.serve.max_waiting, f"is full: at most {self.serve.max_waiting} requests wait"
+            )
         request = self.scheduler.check(request, self.now(), self.config.stop_ids)
         handle = self._handles[request.id] = Handle(self, request)
         self._arrivals.append(request)
@@ -222,7 +224,8 @@ class Engine:
         end-of-sequence ids; () never stops). Raises: RequestError if any prompt is refused, before any is started.
         """
         requests = [
-            Request(self._new_id(), prompt, max_new_tokens, None, None, temperature, top_p, seed, stop_ids) for prompt in prompts
+            Request(self._new_id(), prompt, max_new_tokens, None, None, temperature, top_p, seed, stop_ids)
+            for prompt in prompts
         ]
         for index, request in enumerate(requests):
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from mnemosyne_jax.errors import RequestError
 
@@ -33,7 +33,11 @@ class RopeConfig:
 
     def __post_init__(self):
         if self.type not in ROPE_TYPES:
-            why = " (it depends on the length, which a chunked run does not know)" if self.type in ("dynamic", "longrope") else ""
+            why = (
+                " (it depends on the length, which a chunked run does not know)"
+                if self.type in ("dynamic", "longrope")
+                else ""
+            )
             raise RequestError("rope type", self.type, f"supported: {', '.join(ROPE_TYPES)}{why}")
 
 
@@ -144,7 +148,17 @@ class ServeConfig:
     rope_precision: Literal["exact", "hf_float32"] = "exact"
 
     def __post_init__(self):
-        for name in ("page_tokens", "private_rows", "private_chunks", "shared_chunks", "shared_rows", "chunk_tokens", "span_tokens", "ahead", "max_waiting"):
+        for name in (
+            "page_tokens",
+            "private_rows",
+            "private_chunks",
+            "shared_chunks",
+            "shared_rows",
+            "chunk_tokens",
+            "span_tokens",
+            "ahead",
+            "max_waiting",
+        ):
             if getattr(self, name) < 1:
                 raise RequestError(f"serve.{name}", getattr(self, name), "must be at least 1")
         if self.pool_pages is not None and self.pool_pages < 1:
@@ -153,11 +167,17 @@ class ServeConfig:
         if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
             raise RequestError("serve.chunk_buckets", buckets, "must be positive and strictly increasing")
         if self.chunk_tokens > buckets[-1]:
-            raise RequestError("serve.chunk_tokens", self.chunk_tokens, f"must be at most the largest chunk bucket, {buckets[-1]}")
+            raise RequestError(
+                "serve.chunk_tokens", self.chunk_tokens, f"must be at most the largest chunk bucket, {buckets[-1]}"
+            )
         if len(buckets) > 5:
-            raise RequestError("serve.chunk_buckets", buckets, "at most 5 buckets: each is compiled, with kvp > 1 in several pairs")
+            raise RequestError(
+                "serve.chunk_buckets", buckets, "at most 5 buckets: each is compiled, with kvp > 1 in several pairs"
+            )
         if self.span_tokens % self.page_tokens:
-            raise RequestError("serve.span_tokens", self.span_tokens, f"must be a multiple of page_tokens = {self.page_tokens}")
+            raise RequestError(
+                "serve.span_tokens", self.span_tokens, f"must be a multiple of page_tokens = {self.page_tokens}"
+            )
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -185,11 +205,8 @@ class HardwareConfig:
     matmul_flops_per_s: float = 1e11
 
 
-Config = TypeVar("Config")
-
-
-def from_yaml(kind: type[Config], path: str | Path) -> Config:
-    """The `kind` (ModelConfig, HardwareConfig, ...) that a YAML file describes; draccus refuses unknown keys and wrong types."""
+def from_yaml[Config](kind: type[Config], path: str | Path) -> Config:
+    """The `kind` (ModelConfig, HardwareConfig, ...) that a YAML file describes; typos and wrong types are refused."""
     import draccus
 
     return draccus.parse(kind, config_path=str(path), args=[])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
@@ -17,7 +18,7 @@ from mnemosyne_jax.errors import RequestError
 from mnemosyne_jax.mesh import partition, spec_of
 from mnemosyne_jax.model import cache as state_of
 from mnemosyne_jax.model.cache import State
-from mnemosyne_jax.model.inputs import step_shapes
+from mnemosyne_jax.model.inputs import hidden_areas, step_shapes
 from mnemosyne_jax.model.params import Params
 from mnemosyne_jax.model.step import INPUTS, make_readout, make_state, make_step
 from mnemosyne_jax.packing import pack, smallest_shape
@@ -88,7 +89,7 @@ def init_cache(
         for span in cache._spans(slot):
             table[:, span.group, slot, : len(span.pages)] = span.pages
     page_table = _to_devices(table, target.cache.page_table.sharding)
-    return cache.replace(state=cache.state.replace(cache=cache.state.cache.replace(page_table=page_table)))
+    return replace(cache, state=replace(cache.state, cache=replace(cache.state.cache, page_table=page_table)))
 
 
 def prefill_chunk(params: Params, cache: Cache, tokens_T: Sequence[int] | np.ndarray, slot: int = 0, start: int = 0):
@@ -104,14 +105,15 @@ def prefill_chunk(params: Params, cache: Cache, tokens_T: Sequence[int] | np.nda
     _check_range("slot", np.array([slot]), cache.slots)
     _check_range("start", np.array([start, start + len(tokens) - 1]), cache.context_tokens)
     if len(tokens) > cache.serve.chunk_tokens:
-        raise RequestError("tokens_T", len(tokens), f"a chunk has at most chunk_tokens = {cache.serve.chunk_tokens} tokens")
+        raise RequestError(
+            "tokens_T", len(tokens), f"a chunk has at most chunk_tokens = {cache.serve.chunk_tokens} tokens"
+        )
     prompt = np.zeros(start + len(tokens), np.int32)
     prompt[start:] = tokens
     row = ChunkRow(Request("chunk", prompt), slot, cache._group(), cache._spans(slot), start, len(tokens))
     cache, _ = _run(params, cache, Batch(0, chunks=(row,)))
-    decodes, shared = cache.state.hidden_decodes.shape[2], cache.state.hidden_shared.shape[2]
-    last = decodes + len(tokens) - 1 + (0 if row.group is None else shared)
-    index = np.array([last], np.int32)
+    _, shared, private = hidden_areas(cache.serve, spec_of(cache.mesh))
+    index = np.array([(shared if row.group is None else private) + len(tokens) - 1], np.int32)
     replicated = NamedSharding(cache.mesh, PartitionSpec())
     sent = _to_devices(index, replicated), _to_devices(np.zeros(1, np.int32), replicated)
     logits = _readout(cache.mesh, cache.config, params.embed.dtype)(params, cache.state, *sent)
@@ -157,7 +159,7 @@ def _run(params: Params, cache: Cache, batch: Batch) -> tuple[Cache, np.ndarray]
         buffer = _to_devices(pack(shape, history, spec.kvp), NamedSharding(cache.mesh, partition(INPUTS)))
         state, tokens = step(params, state, buffer)
         jax.block_until_ready(tokens)
-    return cache.replace(state=state), np.asarray(tokens.addressable_data(0))  # type: ignore[union-attr]
+    return replace(cache, state=state), np.asarray(tokens.addressable_data(0))  # type: ignore[union-attr]
 
 
 _step = functools.cache(make_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -16,7 +17,7 @@ from mnemosyne_jax.errors import RequestError
 AXES = ("kvp", "spp", "tp")
 
 
-def make_mesh(spec: MeshSpec, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh `spec` over the first devices (default: all of this run's), kvp outermost, tp innermost.
 
     Raises: RequestError if there are fewer devices than the mesh needs.
@@ -64,7 +65,9 @@ def partitions(tree: Any) -> Any:
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """The pytree of NamedShardings of `tree` on `mesh`."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partitions(tree), is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), partitions(tree), is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
 
 
 def spec_of(mesh: Mesh) -> MeshSpec:

@@ -158,19 +158,19 @@ def tail_checks(length: int, depths: Sequence[float], seed: int = 0, values: int
 
 def _plan(length: int, depths: Sequence[float], seed: int, values: int):
     """Needles as [needle, KEY and values], their starts, the tail, the filler's ids, the generator to draw it with."""
-    depths, vocab = np.atleast_1d(np.asarray(depths, np.float64)), 2**WORD_BITS
-    needles, size = len(depths), values + 2
-    if needles < 1 or not ((depths >= 0) & (depths <= 1)).all():
-        raise RequestError("depths", depths.tolist(), "must be one or more fractions from 0 to 1")
+    at, vocab = np.atleast_1d(np.asarray(depths, np.float64)), 2**WORD_BITS
+    needles, size = len(at), values + 2
+    if needles < 1 or not ((at >= 0) & (at <= 1)).all():
+        raise RequestError("depths", at.tolist(), "must be one or more fractions from 0 to 1")
     if values < 1 or needles * (values + 1) > vocab - 3:
         raise RequestError("values", values, f"{needles} needles of KEY and values must leave filler among {vocab} ids")
     tail_tokens = (needles - 1) * (values + 1) + 1
     shortest = 1 + needles * size + tail_tokens
     if not shortest <= length < 2**31:
         raise RequestError("length", length, f"must be from {shortest} to {2**31 - 1}")
-    starts = 1 + np.rint(depths * (length - 1 - tail_tokens - size)).astype(np.int64)
+    starts = 1 + np.rint(at * (length - 1 - tail_tokens - size)).astype(np.int64)
     if needles > 1 and np.diff(np.sort(starts)).min() < size:
-        raise RequestError("depths", depths.tolist(), f"needles of {size} tokens overlap in {length}")
+        raise RequestError("depths", at.tolist(), f"needles of {size} tokens overlap in {length}")
     rng = np.random.default_rng(seed)
     ids = 2 + rng.permutation(vocab - 2).astype(np.int32)
     needle_ids = ids[: needles * (values + 1)].reshape(needles, values + 1)

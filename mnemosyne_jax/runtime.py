@@ -93,7 +93,9 @@ class JaxExecutor:
             return make_state(self.target).lower().compile()
         if key == "readout":
             rows = jax.ShapeDtypeStruct((READOUT_ROWS,), np.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
-            return make_readout(self.mesh, self.config, self.dtype).lower(self.params, self.target, rows, rows).compile()
+            return (
+                make_readout(self.mesh, self.config, self.dtype).lower(self.params, self.target, rows, rows).compile()
+            )
         step = make_step(self.mesh, self.config, key, self.dtype, self.serve.rope_precision)
         words = (self.spec.spp, self.spec.kvp, buffer_words(key))
         buffer = jax.ShapeDtypeStruct(words, np.int32, sharding=self._sharding)
@@ -104,9 +106,9 @@ class JaxExecutor:
         return self._program(shape).memory_analysis()  # type: ignore[attr-defined]
 
     def _allocated(self) -> cache.State:
-        if self._state is None:
-            self._state = self._program("state")()
-        return self._state
+        state = self._state or self._program("state")()
+        self._state = state
+        return state
 
     # Ticks.
 
@@ -134,12 +136,10 @@ class JaxExecutor:
     def _read_logits(self, batch: Batch, shape: StepShape) -> list[tuple[list[tuple[str, int]], jax.Array]]:
         """Starts reading the logits that the leaving batch's requests asked for: ([(id, position)], device array)."""
         wanted = []
-        shared_rows = self.target.hidden_shared.shape[2]
+        _, shared, private = shape.hidden_areas
         for row, _, offset in place_chunks(batch, shape):
             asked = row.request.read_positions
-            first = shape.slots + offset - row.start
-            if row.group is not None:
-                first += shared_rows - shape.shared_tokens  # the state holds the shared area at its full size
+            first = (shared + offset if row.group is None else private + offset - shape.shared_tokens) - row.start
             for p in asked[bisect_left(asked, row.start) : bisect_left(asked, row.end)]:
                 wanted.append(((row.request.id, p), first + p, row.group or 0))
         reads = []

@@ -15,7 +15,7 @@ R rows, S slots, J page-table columns, X partials. All integers are int32.
 from __future__ import annotations
 
 import functools
-from math import log2, e
+from math import e, log2
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,11 @@ def chunked_prefill(
     K, B = kv_LP2KBH.shape[3:5]
     q_tile = min(q_tile, T)
     tile = functools.partial(
-        _attend_tile, kv_LP2KBH=kv_LP2KBH, layer=layer, page_table_SJ=page_table_SJ, pages_per_block=max(1, KEYS_PER_BLOCK // B)
+        _attend_tile,
+        kv_LP2KBH=kv_LP2KBH,
+        layer=layer,
+        page_table_SJ=page_table_SJ,
+        pages_per_block=max(1, KEYS_PER_BLOCK // B),
     )
     tiles_R = -(-(cu_q_lens_R1[1:] - cu_q_lens_R1[:-1]) // q_tile) * (kv_lens_R > 0)
     tiles_seen_R = jnp.cumsum(tiles_R)
@@ -65,7 +69,14 @@ def chunked_prefill(
         q_tNH = lax.dynamic_slice_in_dim(q_padded, first, q_tile)
         positions_t = lax.dynamic_slice_in_dim(q_positions_padded, first, q_tile)
         in_row_t = first + jnp.arange(q_tile) < cu_q_lens_R1[row + 1]
-        new = tile(q_tNH, jnp.where(in_row_t, positions_t, -1), slots_R[row], kv_lens_R[row], key_start_R[row], key_stride_R[row])
+        new = tile(
+            q_tNH,
+            jnp.where(in_row_t, positions_t, -1),
+            slots_R[row],
+            kv_lens_R[row],
+            key_start_R[row],
+            key_stride_R[row],
+        )
 
         def put(old, new):
             kept = lax.dynamic_slice_in_dim(old, first, q_tile)

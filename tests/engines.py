@@ -27,7 +27,9 @@ def folder(family: str) -> Path:
 
 
 @functools.cache
-def engine(family: str = "llama3", kvp: int = 1, spp: int = 1, tp: int = 1, dtype: str = "float32", **serve) -> mn.Engine:
+def engine(
+    family: str = "llama3", kvp: int = 1, spp: int = 1, tp: int = 1, dtype: str = "float32", **serve
+) -> mn.Engine:
     """An Engine over the family's checkpoint; every test that asks for the same one shares its programs."""
     return mn.Engine.load(folder(family), mn.MeshSpec(kvp, spp, tp), mn.ServeConfig(**(SMALL | serve)), dtype)
 

@@ -14,7 +14,7 @@ from tests.engines import SMALL
 
 
 def work(engine: mn.Engine, decides: bool = True) -> dict:
-    """Tokens of requests that were cancelled, decoded beside others, or spread over all groups; logits of one prompt."""
+    """Tokens of requests that were cancelled, decoded beside others, or spread over all groups; some logits."""
     rng = np.random.default_rng(0)
     some = [rng.integers(0, 211, length, dtype=np.int32) for length in (200, 30, 65, 10)]
     doomed = engine.submit(mn.Request("doomed", some[0], max_new_tokens=20, stop_ids=()))
@@ -26,7 +26,9 @@ def work(engine: mn.Engine, decides: bool = True) -> dict:
     tokens = [list(beside.result().tokens), list(doomed.result().tokens)]
     tokens += [r.tokens for r in engine.generate(some, max_new_tokens=6, stop_ids=())]
     logits = engine.logits(some[2], [0, 40, 64])
-    return dict(tokens=tokens, reason=doomed.reason, ticks=engine.scheduler.tick, logits=np.round(logits, 3)[:, :8].tolist())
+    return dict(
+        tokens=tokens, reason=doomed.reason, ticks=engine.scheduler.tick, logits=np.round(logits, 3)[:, :8].tolist()
+    )
 
 
 if __name__ == "__main__":

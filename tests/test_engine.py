@@ -39,7 +39,9 @@ def test_any_chunking_gives_the_same_logits():
     one = engine("llama3")
     for lengths in ([1], [7], [64], [13, 31, 2, 61], [17, 63, 5, 1, 29], *(rng.integers(1, 65, 6) for _ in range(10))):
         chunks = iter(np.resize(lengths, 200))
-        one.scheduler._choose_chunk = lambda s, room, c=chunks: min(int(next(c)), room, len(s.request.prompt) - s.prompt_scheduled)
+        one.scheduler._choose_chunk = lambda s, room, c=chunks: min(
+            int(next(c)), room, len(s.request.prompt) - s.prompt_scheduled
+        )
         logits = one.logits(want["prompt"], want["positions"])
         assert np.abs(logits - want["logits"]).max() <= LOGIT_TOLERANCE["float32"], lengths
     engine.cache_clear()
@@ -88,7 +90,7 @@ def test_sampled_tokens_follow_the_probabilities():
 @pytest.mark.parametrize("ahead", [1, 2])
 @pytest.mark.parametrize("spp", [1, 2, 4])
 def test_tick_law(spp, ahead):
-    """A lone request takes chunks + (spp - 1) + (new_tokens - 1) * spp ticks of the pipe, and `ahead` more to be read."""
+    """A lone request takes chunks + (spp - 1) + (new_tokens - 1) * spp ticks, and `ahead` more to be read."""
     one = engine("llama3", spp=spp, ahead=ahead)
     p = prompts(1, 150)[0]
     begin = one.scheduler.tick

@@ -51,10 +51,11 @@ def test_shared_rows_have_the_same_bits_in_every_group():
     many = engine("llama3", 4, 1, 1)
     many.generate([prompts(1, 200)[0]], max_new_tokens=4, stop_ids=())
     state = many.executor._state
-    for rows in (state.hidden_decodes[:, :, :2], state.hidden_shared, state.tokens[None, :, :2]):
-        groups = np.moveaxis(np.asarray(rows), 1, 0)
-        assert all(np.array_equal(groups[0], g) for g in groups[1:])
-    assert np.abs(np.asarray(state.hidden_shared)).max() > 0
+    _, shared, private = many.executor.shapes[0].hidden_areas
+    hidden, tokens = np.moveaxis(np.asarray(state.hidden), 1, 0), np.asarray(state.tokens)
+    for rows in (hidden[:, :, :2], hidden[:, :, shared:private], tokens[:, :2]):
+        assert np.abs(rows).max() > 0
+        assert all(np.array_equal(rows[0], group) for group in rows[1:])
 
 
 def test_needle_on_meshes():
@@ -69,7 +70,9 @@ def test_needle_on_meshes():
 @pytest.mark.parametrize("precision", ["exact", "hf_float32"])
 def test_positions_beyond_float32(precision):
     """Past 2**24 neighbouring positions are one float32: `exact` retrieves there, `hf_float32` cannot."""
-    one = mn.Engine.needle(serve=mn.ServeConfig(rope_precision=precision, chunk_tokens=256, chunk_buckets=(256,), pool_pages=8))
+    one = mn.Engine.needle(
+        serve=mn.ServeConfig(rope_precision=precision, chunk_tokens=256, chunk_buckets=(256,), pool_pages=8)
+    )
     prompt, want = mn.needle_prompt(600, [0.3], seed=1)
 
     def tokens(first):

@@ -147,7 +147,7 @@ def test_prompt_holds_what_it_says(length, depths, values):
     ids, expected = needle.prompt(length, depths, seed=5, values=values)
     positions, answers = needle.tail_checks(length, depths, seed=5, values=values)
     tail = (len(depths) - 1) * (values + 1) + 1
-    assert ids.dtype == np.int32 and ids.shape == (length,) and 0 <= ids.min() and ids.max() < 2048
+    assert ids.dtype == np.int32 and ids.shape == (length,) and ids.min() >= 0 and ids.max() < 2048
     assert ids[0] == needle.BOS and (ids == needle.BOS).sum() == 1 and (ids == needle.STOP).sum() == len(depths)
     assert len(expected) == values + 1 and expected[-1] == needle.STOP and needle.config().stop_ids == (needle.STOP,)
     assert positions.tolist() == list(range(length - tail, length)) and answers[-1] == expected[0]

@@ -25,7 +25,10 @@ def test_two_processes_as_one():
     command = [sys.executable, "-m", "tests.run_process", coordinator, "2"]
     runs = [
         subprocess.Popen(
-            [*command, str(i), str(folder("llama3"))], env=os.environ | {"XLA_FLAGS": flags}, stdout=subprocess.PIPE, text=True
+            [*command, str(i), str(folder("llama3"))],
+            env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for i in range(2)
     ]

@@ -78,7 +78,16 @@ def test_chunked_prefill(seed):
     lens = rng.integers(0, 12, 4)
     case = Case(rng, lens, rng.integers(0, 6 * B + 1, 4), rng.integers(0, 3, 4), rng.integers(1, 4, 4), heads=4)
     for tile in (5, 128):
-        got = prefill(case.q, case.kv, 1, case.table, cu_q_lens_R1=case.cu, q_positions_T=case.positions, q_tile=tile, **case.rows())
+        got = prefill(
+            case.q,
+            case.kv,
+            1,
+            case.table,
+            cu_q_lens_R1=case.cu,
+            q_positions_T=case.positions,
+            q_tile=tile,
+            **case.rows(),
+        )
         check(got, case.expected())
 
 
@@ -111,7 +120,9 @@ def test_splitting_keys_over_groups_and_merging_is_the_whole():
                 held += len(at)
             one = np.ones(1, np.int32)
             rows = dict(slots_R=0 * one, kv_lens_R=held * one, key_start_R=start * one, key_stride_R=stride * one)
-            parts.append(prefill(q, kv, 0, table, cu_q_lens_R1=np.array([0, T], np.int32), q_positions_T=positions, **rows))
+            parts.append(
+                prefill(q, kv, 0, table, cu_q_lens_R1=np.array([0, T], np.int32), q_positions_T=positions, **rows)
+            )
         check(merge_partials(*(np.stack(x) for x in zip(*parts, strict=True))), want)
 
 
@@ -134,7 +145,9 @@ def test_no_array_grows_with_chunk_times_context():
         s = jax.ShapeDtypeStruct
         i = lambda *n: s(n, np.int32)  # noqa: E731
         args = (s((256, 4, H), np.float32), s((LAYERS, pages, 2, K, 16, H), np.float32), i(), i(2, pages))
-        rows = dict(slots_R=i(2), cu_q_lens_R1=i(3), q_positions_T=i(256), kv_lens_R=i(2), key_start_R=i(2), key_stride_R=i(2))
+        rows = dict(
+            slots_R=i(2), cu_q_lens_R1=i(3), q_positions_T=i(256), kv_lens_R=i(2), key_start_R=i(2), key_stride_R=i(2)
+        )
         return prefill.lower(*args, **rows).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(16 * 256) <= 1.1 * temporaries(256)

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from mnemosyne_jax.errors import RequestError
-from mnemosyne_jax.serve.request import Request
+from mnemosyne_jax.serve.request import Phase, Request
 from tests.fake_executor import answer, token_at
 from tests.world import World, ask, check_answers, pages_of
 
@@ -192,3 +192,20 @@ def test_stop_ids_are_noticed_late(spp, ahead):
     world.run()
     assert len(sequence.tokens) == 4
     check_answers([sequence, again])
+
+
+@pytest.mark.parametrize("kvp, spp, prompt", [(1, 3, 9), (2, 4, 9), (2, 4, 60)])
+def test_a_slot_waits_for_its_last_row_to_leave(kvp, spp, prompt):
+    """With one slot and pages to spare: late rows of the old owner write a register that is still theirs."""
+    world = World(kvp, spp, pool_pages=64, private_rows=1, shared_rows=1)
+    sequences = []
+    for i in range(4 * kvp):
+        sequences.append(world.submit(str(i), prompt, 4))
+        if i % 2:
+            world.tick(spp + 1)
+            for id in [s.request.id for s in sequences if not s.finished and s.phase is not Phase.WAITING]:
+                world.scheduler.cancel(id)
+    sequences.append(world.submit("last", prompt, 4))
+    world.run()
+    assert {s.reason for s in sequences} == {"length", "cancelled"}
+    check_answers([s for s in sequences if s.reason == "length"])

@@ -62,7 +62,9 @@ def test_cache_is_never_copied(mesh):
         text = one._program(program).as_text()
         makers = set(re.findall(rf"= f32\[{shape}\]\S* ([\w-]+)\(", text))
         assert "scatter" in text and makers
-        assert not makers & {"copy", "copy-start", "transpose", "convert", "concatenate", "slice", "dynamic-slice"}, makers
+        assert not makers & {"copy", "copy-start", "transpose", "convert", "concatenate", "slice", "dynamic-slice"}, (
+            makers
+        )
 
 
 def test_programs_are_built_by_warmup_and_not_after():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import flax.struct
 import jax
@@ -35,12 +36,16 @@ def choose_impl(impl: str) -> str:
     Raises: RequestError for kernels that this version does not have.
     """
     if impl == "mosaic":
-        raise RequestError("serve.impl", impl, "the Mosaic GPU kernels are not part of this version; use auto or reference")
+        raise RequestError(
+            "serve.impl", impl, "the Mosaic GPU kernels are not part of this version; use auto or reference"
+        )
     log.info("attention kernels: reference (blockwise jnp)")
     return "reference"
 
 
-def place(inputs: StepInputs, page_table_SJ: jax.Array, chunk_positions: jax.Array, shape: StepShape, pages: int) -> Placement:
+def place(
+    inputs: StepInputs, page_table_SJ: jax.Array, chunk_positions: jax.Array, shape: StepShape, pages: int
+) -> Placement:
     """The Placement of a tick: token rows in the order decodes, chunks."""
     targets = [cache.write_targets(page_table_SJ, inputs.decodes, shape.slots, shape.page_tokens, pages)]
     if shape.chunk_tokens:
@@ -58,13 +63,15 @@ def attend(kv_LP2KBH: jax.Array, layer: jax.Array, q_TNH, k_TKH, v_TKH, placemen
     kv_LP2KBH = cache.write(kv_LP2KBH, layer, k_TKH, v_TKH, placement.page_T, placement.offset_T)
     decodes, chunks, R = placement.decodes, placement.chunks, shape.slots
 
-    def keys_of(rows: Rows) -> dict[str, jax.Array]:
-        return dict(slots_R=rows.slots, kv_lens_R=rows.kv_lens, key_start_R=rows.key_start, key_stride_R=rows.key_stride)
+    def keys_of(rows: Rows) -> dict[str, Any]:
+        return dict(
+            slots_R=rows.slots, kv_lens_R=rows.kv_lens, key_start_R=rows.key_start, key_stride_R=rows.key_stride
+        )
 
     held = (kv_LP2KBH, layer, placement.page_table_SJ)
     parts = [Partial(*paged_decode(q_TNH[:R], *held, q_positions_R=decodes.positions, **keys_of(decodes)))]
     if shape.chunk_tokens:
-        ragged = dict(cu_q_lens_R1=chunks.cu_q_lens, q_positions_T=placement.chunk_positions)
+        ragged: dict[str, Any] = dict(cu_q_lens_R1=chunks.cu_q_lens, q_positions_T=placement.chunk_positions)
         parts.append(Partial(*chunked_prefill(q_TNH[R:], *held, **ragged, **keys_of(chunks))))
 
     counts = (shape.shared_slots, shape.shared_tokens)[: len(parts)]

@@ -1,4 +1,4 @@
-"""What a run keeps on the devices between ticks: paged keys and values, page tables, tokens, activations in the pipe."""
+"""What a run keeps on the devices between ticks: paged keys and values, page tables, tokens, activations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mnemosyne_jax.config import ModelConfig, ServeConfig
 from mnemosyne_jax.mesh import array, shardings, spec_of
-from mnemosyne_jax.model.inputs import Deltas, Rows, positions_of, row_of_token
+from mnemosyne_jax.model.inputs import Deltas, Rows, hidden_areas, positions_of, row_of_token
 
 
 @flax.struct.dataclass
@@ -33,16 +33,14 @@ class KVCache:
 class State:
     """Everything a tick updates in place (donated).
 
-    `tokens` is the register of each slot's newest token. `hidden_*` are the activations that
-    entered each stage from the one before it: rows of decodes, of shared chunks, of private chunks.
-    After a tick those of stage 0 are what the last stage put out.
+    `tokens` is the register of each slot's newest token. `hidden` are the activations that entered
+    each stage from the one before it: rows of decodes, of shared chunks, of private chunks, each
+    area at its largest. After a tick those of stage 0 are what the last stage put out.
     """
 
     cache: KVCache
     tokens: jax.Array = array("group/kvp slot")
-    hidden_decodes: jax.Array = array("stage/spp group/kvp row model")
-    hidden_shared: jax.Array = array("stage/spp group/kvp row model")
-    hidden_private: jax.Array = array("stage/spp group/kvp row model")
+    hidden: jax.Array = array("stage/spp group/kvp row model")
 
 
 def abstract(config: ModelConfig, serve: ServeConfig, mesh: Mesh, dtype: jnp.dtype, pool_pages: int) -> State:
@@ -54,19 +52,14 @@ def abstract(config: ModelConfig, serve: ServeConfig, mesh: Mesh, dtype: jnp.dty
     def leaf(*shape: int, dtype: Any = dtype) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def hidden(rows: int) -> Any:
-        return leaf(spec.spp, spec.kvp, rows, config.width)
-
-    largest = serve.buckets[-1]
+    rows = hidden_areas(serve, spec)[-1] + serve.buckets[-1]
     state = State(
         cache=KVCache(
             kv=leaf(config.layers, pool_pages * spec.kvp, 2, kv_heads, serve.page_tokens, config.head_dim),
             page_table=leaf(spec.spp, spec.kvp, slots, pool_pages, dtype=jnp.int32),
         ),
         tokens=leaf(spec.kvp, slots, dtype=jnp.int32),
-        hidden_decodes=hidden(slots),
-        hidden_shared=hidden(largest if spec.kvp > 1 else 1),  # jit loses the sharding of an empty array
-        hidden_private=hidden(largest),
+        hidden=leaf(spec.spp, spec.kvp, rows, config.width),
     )
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings(mesh, state))
 
@@ -81,7 +74,9 @@ def apply_deltas(page_table_SJ: jax.Array, deltas: Deltas) -> jax.Array:
     return page_table_SJ.at[deltas.slots, deltas.indices].set(deltas.pages, mode="drop")
 
 
-def write_targets(page_table_SJ: jax.Array, rows: Rows, T: int, page_tokens: int, pages: int) -> tuple[jax.Array, jax.Array]:
+def write_targets(
+    page_table_SJ: jax.Array, rows: Rows, T: int, page_tokens: int, pages: int
+) -> tuple[jax.Array, jax.Array]:
     """Where each of the T tokens of `rows` is stored here: (page_T, offset_T), page == `pages` for "not here".
 
     A token belongs to this group if its page is one of the row's affine pages and lies within the
@@ -92,13 +87,19 @@ def write_targets(page_table_SJ: jax.Array, rows: Rows, T: int, page_tokens: int
     start_T, stride_T = jnp.take(rows.key_start, row_T), jnp.take(rows.key_stride, row_T)
     beyond_T = position_T // page_tokens - start_T
     index_T, offset_T = beyond_T // stride_T, position_T % page_tokens
-    here_T = (beyond_T >= 0) & (beyond_T % stride_T == 0) & (index_T * page_tokens + offset_T < jnp.take(rows.kv_lens, row_T))
+    here_T = (
+        (beyond_T >= 0)
+        & (beyond_T % stride_T == 0)
+        & (index_T * page_tokens + offset_T < jnp.take(rows.kv_lens, row_T))
+    )
     here_T &= jnp.arange(T) < rows.cu_q_lens[-1]
     page_T = page_table_SJ.at[jnp.take(rows.slots, row_T), index_T].get(mode="clip")
     return jnp.where(here_T, page_T, pages), offset_T
 
 
-def write(kv_LP2KBH: jax.Array, layer: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, page_T: jax.Array, offset_T: jax.Array) -> jax.Array:
+def write(
+    kv_LP2KBH: jax.Array, layer: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, page_T: jax.Array, offset_T: jax.Array
+) -> jax.Array:
     """The cache with the keys and values of T tokens of `layer` stored in place; pages out of range are dropped."""
     kv_LP2KBH = kv_LP2KBH.at[layer, page_T, 0, :, offset_T].set(k_TKH, mode="drop")
     return kv_LP2KBH.at[layer, page_T, 1, :, offset_T].set(v_TKH, mode="drop")

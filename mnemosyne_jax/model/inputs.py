@@ -22,7 +22,10 @@ from mnemosyne_jax.config import MeshSpec, ServeConfig
 
 @dataclass(frozen=True)
 class StepShape:
-    """The static sizes of one compiled program."""
+    """The static sizes of one compiled program.
+
+    `hidden_areas` are the first rows in State.hidden of decodes, shared chunks and private chunks.
+    """
 
     shared_slots: int
     private_slots: int
@@ -31,6 +34,7 @@ class StepShape:
     shared_chunks: int
     private_chunks: int
     page_tokens: int
+    hidden_areas: tuple[int, int, int]
 
     @property
     def slots(self) -> int:
@@ -67,6 +71,12 @@ class StepShape:
         return self.shared_tokens >= shared_tokens and self.private_tokens >= private_tokens
 
 
+def hidden_areas(serve: ServeConfig, mesh: MeshSpec) -> tuple[int, int, int]:
+    """First row in State.hidden of the decodes, of the shared and of the private chunks: each area at its largest."""
+    slots = serve.slots(mesh)
+    return 0, slots, slots + (serve.buckets[-1] if mesh.kvp > 1 else 0)
+
+
 def step_shapes(serve: ServeConfig, mesh: MeshSpec) -> tuple[StepShape, ...]:
     """All programs of a run, cheapest first: no chunk, each bucket, and with kvp > 1 a few pairs (shared, private)."""
     buckets = serve.buckets
@@ -83,6 +93,7 @@ def step_shapes(serve: ServeConfig, mesh: MeshSpec) -> tuple[StepShape, ...]:
             shared_chunks=serve.shared_chunks if shared else 0,
             private_chunks=serve.private_chunks if private else 0,
             page_tokens=serve.page_tokens,
+            hidden_areas=hidden_areas(serve, mesh),
         )
         for shared, private in pairs
     ]
@@ -200,7 +211,9 @@ def _map_leaves(function: Any, template: StepInputs) -> StepInputs:
     parts = {}
     for group in fields(template):
         struct = getattr(template, group.name)
-        parts[group.name] = struct.replace(**{f.name: function(getattr(struct, f.name), f.name) for f in fields(struct)})
+        parts[group.name] = struct.replace(
+            **{f.name: function(getattr(struct, f.name), f.name) for f in fields(struct)}
+        )
     return StepInputs(**parts)
 
 

@@ -37,7 +37,7 @@ def project_qkv(x_TD: jax.Array, layer: LayerParams, config: ModelConfig, cos: j
         project(layer.wk, layer.bk),
         project(layer.wv, layer.bv),
     )
-    if config.qk_norm:
+    if layer.q_norm is not None and layer.k_norm is not None:
         q_TNH = rms_norm(q_TNH, layer.q_norm, config.norm_eps)
         k_TKH = rms_norm(k_TKH, layer.k_norm, config.norm_eps)
     return rotate(q_TNH, cos, sin), rotate(k_TKH, cos, sin), v_TKH
@@ -100,9 +100,7 @@ def sample(logits_XV: jax.Array, leaving: Leaving, vocab: int) -> jax.Array:
     logits_XV = jnp.where(real_V, logits_XV, -jnp.inf)
     best_X = jnp.argmax(logits_XV, axis=1)
     value_X = jnp.take_along_axis(logits_XV, best_X[:, None], axis=1)[:, 0]
-    values_AX, ids_AX, finite_AX = (
-        lax.all_gather(x, VOCAB_AXES) for x in (value_X, jnp.take(ids_V, best_X), finite_X)
-    )
+    values_AX, ids_AX, finite_AX = (lax.all_gather(x, VOCAB_AXES) for x in (value_X, jnp.take(ids_V, best_X), finite_X))
     greedy_X = jnp.take_along_axis(ids_AX, jnp.argmax(values_AX, axis=0)[None], axis=0)[0]
     token_X = lax.cond(
         jnp.any(leaving.temperature > 0),

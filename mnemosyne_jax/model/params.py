@@ -40,8 +40,8 @@ class LayerParams:
 class Params:
     """All weights. `layers` has one entry per local layer; the vocabulary is split over stages and shards."""
 
-    embed: jax.Array = array("vocab/spp/tp model")
     layers: tuple[LayerParams, ...]
+    embed: jax.Array = array("vocab/spp/tp model")
     final_norm: jax.Array = array("model")
     unembed: jax.Array | None = optional_array("vocab/spp/tp model")
 
@@ -85,11 +85,13 @@ def abstract(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> Params:
     layer = LayerParams(**{name: leaf(spec.spp, *shape) for name, shape in shapes.items()})
     layers = (layer,) * (config.layers // spec.spp)
     params = Params(embed=vocab, layers=layers, final_norm=leaf(config.width), unembed=None if config.tied else vocab)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings(mesh, params))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings(mesh, params)
+    )
 
 
 def init(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, seed: int = 0, scale: float = 0.02) -> Params:
-    """Random Params, N(0, scale) with norms at one, made on the devices: for benchmarks and tests of shape and speed."""
+    """Random Params, N(0, scale) with norms at one, made on the devices: for benchmarks and tests of shape."""
     target = abstract(config, mesh, dtype)
 
     def make(key: jax.Array) -> Params:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,7 +21,17 @@ from mnemosyne_jax.mesh import partition, partitions
 from mnemosyne_jax.model import attention, cache
 from mnemosyne_jax.model.cache import KVCache, State
 from mnemosyne_jax.model.inputs import StepInputs, StepShape, positions_of, unpack
-from mnemosyne_jax.model.layers import all_logits, embed, from_last_stage, project_out, project_qkv, rms_norm, sample, swiglu, unembed
+from mnemosyne_jax.model.layers import (
+    all_logits,
+    embed,
+    from_last_stage,
+    project_out,
+    project_qkv,
+    rms_norm,
+    sample,
+    swiglu,
+    unembed,
+)
 from mnemosyne_jax.model.params import LayerParams, Params
 from mnemosyne_jax.model.params import abstract as abstract_params
 from mnemosyne_jax.model.rope import rotary_tables
@@ -42,9 +53,10 @@ def block(layer: LayerParams, kv, index, x_TD, placement, cos, sin, *, config: M
 def enter(params: Params, state: State, inputs: StepInputs, shape: StepShape) -> jax.Array:
     """The rows each stage works on, [T, D]: stage 0 embeds the entering batch, the others take what was passed on."""
     tokens_T, R = inputs.entering.tokens, shape.slots
-    ids_T = tokens_T.at[:R].set(jnp.where(inputs.entering.known > 0, tokens_T[:R], state.tokens[0]))
-    passed = (state.hidden_decodes, state.hidden_shared[:, :, : shape.shared_tokens], state.hidden_private[:, :, : shape.private_tokens])
-    passed_TD = jnp.concatenate([x[0, 0] for x in passed])
+    decode_ids = jnp.where(inputs.entering.known > 0, tokens_T[:R], state.tokens[0])
+    ids_T = jnp.concatenate([decode_ids, tokens_T[R:]])
+    hidden = state.hidden[0, 0]
+    passed_TD = jnp.concatenate([hidden[first : first + rows] for first, rows in areas(shape)])
     return jnp.where(lax.axis_index("spp") == 0, embed(ids_T, params).astype(passed_TD.dtype), passed_TD)
 
 
@@ -53,20 +65,26 @@ def pass_on(state: State, x_TD: jax.Array, shape: StepShape) -> State:
     stages = lax.axis_size("spp")
     if stages > 1:
         x_TD = lax.ppermute(x_TD, "spp", [(s, (s + 1) % stages) for s in range(stages)])
-    decodes, shared, private = jnp.split(x_TD, [shape.slots, shape.slots + shape.shared_tokens])
-    return state.replace(
-        hidden_decodes=state.hidden_decodes.at[0, 0].set(decodes),
-        hidden_shared=state.hidden_shared.at[0, 0, : shape.shared_tokens].set(shared),
-        hidden_private=state.hidden_private.at[0, 0, : shape.private_tokens].set(private),
-    )
+    hidden, begin = state.hidden, 0
+    for first, rows in areas(shape):
+        hidden = lax.dynamic_update_slice(hidden, x_TD[None, None, begin : begin + rows], (0, 0, first, 0))
+        begin += rows
+    return replace(state, hidden=hidden)
 
 
-def tick(params: Params, state: State, buffer: jax.Array, *, config: ModelConfig, shape: StepShape, rope_precision: str):
+def areas(shape: StepShape) -> list[tuple[int, int]]:
+    """(first row in State.hidden, rows of this program) of decodes, shared chunks, private chunks."""
+    return list(zip(shape.hidden_areas, (shape.slots, shape.shared_tokens, shape.private_tokens), strict=True))
+
+
+def tick(
+    params: Params, state: State, buffer: jax.Array, *, config: ModelConfig, shape: StepShape, rope_precision: str
+):
     """One tick on one device: (State, tokens [group, X] of the batch that left the last stage)."""
     inputs = unpack(shape, buffer[0, 0])
     page_table_SJ = cache.apply_deltas(state.cache.page_table[0, 0], inputs.deltas)
     _, decode_turns = positions_of(inputs.decodes, shape.slots)
-    chunk_positions = chunk_turns = jnp.zeros((0,), jnp.int32)
+    chunk_positions = chunk_turns = decode_turns[:0]  # sliced: jax 0.11.2 crashes on an empty constant
     if shape.chunk_tokens:
         chunk_positions, chunk_turns = positions_of(inputs.chunks, shape.chunk_tokens)
     with jax.named_scope("rope"):
@@ -80,21 +98,21 @@ def tick(params: Params, state: State, buffer: jax.Array, *, config: ModelConfig
     one_block = jax.jit(functools.partial(block, config=config, shape=shape))
     for index, layer in enumerate(params.layers):
         kv, x_TD = one_block(layer, kv, jnp.int32(index), x_TD, placement, cos, sin)
-    state = state.replace(cache=KVCache(kv, page_table_SJ[None, None]))
+    state = replace(state, cache=KVCache(kv, page_table_SJ[None, None]))
     with jax.named_scope("sample"):
         rows_XD = from_last_stage(jnp.take(x_TD, inputs.leaving.rows, axis=0))
         token_X = sample(unembed(rows_XD, params, config), inputs.leaving, config.vocab)
-        state = state.replace(tokens=state.tokens.at[0, inputs.leaving.slots].set(token_X, mode="drop"))
+        state = replace(state, tokens=state.tokens.at[0, inputs.leaving.slots].set(token_X, mode="drop"))
     return pass_on(state, x_TD, shape), lax.all_gather(token_X, "kvp")
 
 
 def readout(params: Params, state: State, rows: jax.Array, groups: jax.Array, *, config: ModelConfig) -> jax.Array:
     """Logits [X, vocab] float32 of rows of the batch that the last tick put out, each of its own group.
 
-    `rows` index [decodes | shared | private] at their full sizes.
+    `rows` index State.hidden.
     """
-    passed = jnp.concatenate([x[0, 0] for x in (state.hidden_decodes, state.hidden_shared, state.hidden_private)])
-    x_XD = lax.psum(jnp.where(lax.axis_index("spp") == 0, jnp.take(passed, rows, axis=0), 0), "spp")
+    x_XD = jnp.take(state.hidden[0, 0], rows, axis=0)
+    x_XD = lax.psum(jnp.where(lax.axis_index("spp") == 0, x_XD, 0), "spp")
     x_XD = lax.psum(jnp.where((lax.axis_index("kvp") == groups)[:, None], x_XD, 0), "kvp")
     return all_logits(unembed(x_XD, params, config), config.vocab)
 
@@ -124,7 +142,7 @@ def make_state(target: State) -> Callable[[], State]:
 
 
 def _partitions(mesh: Mesh, config: ModelConfig) -> tuple[Any, Any]:
-    return partitions(abstract_params(config, mesh, jnp.float32)), partitions(State(KVCache(0, 0), 0, 0, 0, 0))  # type: ignore[arg-type]
+    return partitions(abstract_params(config, mesh, jnp.float32)), partitions(State(KVCache(0, 0), 0, 0))  # type: ignore[arg-type]
 
 
 def _compile_on(mesh: Mesh, body: Callable, ins: Any, outs: Any, dtype: Any, donate: tuple[int, ...]) -> Callable:

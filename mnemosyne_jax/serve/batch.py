@@ -10,9 +10,9 @@ from mnemosyne_jax.serve.request import Request
 
 @dataclass(frozen=True, eq=False)
 class DecodeRow:
-    """The next token of one sequence: its input, at `position`, comes from the register of `slot`, unless `token` is given.
+    """The next token of one sequence, whose newest one stands at `position` in the register of `slot`.
 
-    `group` None means a row shared by all groups.
+    A `token` that is given goes before the register. `group` None means a row shared by all groups.
     """
 
     request: Request

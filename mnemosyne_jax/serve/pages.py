@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+type Ints = int | np.integer | np.ndarray
+
 
 @dataclass(frozen=True, eq=False)
 class Span:
@@ -19,17 +21,33 @@ class Span:
 
     def local_tokens(self, tokens: int, page_tokens: int) -> int:
         """How many of the request's first `tokens` tokens are held here."""
-        whole, rest = divmod(tokens, page_tokens)
-        full = self._pages_before(whole)
-        last_is_here = full < len(self.pages) and self.start + self.stride * full == whole
-        return full * page_tokens + rest * last_is_here
+        return int(local_tokens(tokens, self.start, self.stride, len(self.pages), page_tokens))
 
     def touched(self, begin: int, end: int, page_tokens: int) -> tuple[int, int]:
         """The local pages [first, last) that tokens [begin, end) are the first to use."""
-        return self._pages_before(-(-begin // page_tokens)), self._pages_before(-(-end // page_tokens))
+        first, last = touched(begin, end, self.start, self.stride, len(self.pages), page_tokens)
+        return int(first), int(last)
 
-    def _pages_before(self, page: int) -> int:
-        return min(max(0, -(-(page - self.start) // self.stride)), len(self.pages))
+
+# The rule of Span for one or for arrays of spans: `pages` local pages, global page start + stride * j each.
+
+
+def local_tokens(tokens: Ints, start: Ints, stride: Ints, pages: Ints, page_tokens: int) -> Ints:
+    """How many of the first `tokens` tokens are held by a span."""
+    whole, rest = np.divmod(tokens, page_tokens)
+    full = _pages_before(whole, start, stride, pages)
+    last_is_here = (full < pages) & (start + stride * full == whole)
+    return full * page_tokens + rest * last_is_here
+
+
+def touched(begin: Ints, end: Ints, start: Ints, stride: Ints, pages: Ints, page_tokens: int) -> tuple[Ints, Ints]:
+    """The local pages [first, last) of a span that tokens [begin, end) are the first to use."""
+    first, last = (_pages_before(-(-token // page_tokens), start, stride, pages) for token in (begin, end))
+    return first, last
+
+
+def _pages_before(page: Ints, start: Ints, stride: Ints, pages: Ints) -> Ints:
+    return np.minimum(np.maximum(-((start - page) // stride), 0), pages)
 
 
 def private_layout(pages: int) -> list[tuple[int, int, int]]:
