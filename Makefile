@@ -11,7 +11,7 @@ comma := ,
 
 .PHONY: quickstart test check clean
 
-quickstart: $(RUN)  ## a planted value found in a long prompt, on whatever devices there are
+quickstart: $(RUN)  ## a planted value found in a long prompt, on eight virtual CPU devices
 	$(VENV)/bin/python -m experiments.generate --config_path configs/quickstart.yaml
 
 test: $(DEV)  ## every law; TESTS=tests/test_step.py for one file

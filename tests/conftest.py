@@ -14,6 +14,8 @@ FLAGS = {
     "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
     "--xla_cpu_collective_timeout_seconds": 600,
 }
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    FLAGS["--xla_backend_optimization_level"] = 0  # tests compile much and run little
 given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([given, *(f"{k}={v}" for k, v in FLAGS.items() if k not in given)]).strip()
 

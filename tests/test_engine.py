@@ -18,6 +18,7 @@ def prompts(count: int, length: int, seed: int = 0) -> list[np.ndarray]:
 def test_matches_hugging_face(family):
     want, tolerance = expected(family), LOGIT_TOLERANCE["float32"]
     logits = engine(family).logits(want["prompt"], want["positions"])
+    print(f"{family}: max |difference of logits| {np.abs(logits - want['logits']).max():.1e}")
     assert np.abs(logits - want["logits"]).max() <= tolerance
     (result,) = engine(family).generate([want["prompt"]], max_new_tokens=len(want["tokens"]), stop_ids=())
     assert agreeing_tokens(result.tokens, want["tokens"], want["gaps"], tolerance) == len(want["tokens"])

@@ -43,7 +43,6 @@ MAY_USE = {
     frozenset({"jit", "pmap", "shard_map"}): {
         f"{HERE}/model/step.py",
         f"{HERE}/model/params.py",  # init: made where it will live
-        f"{HERE}/runtime.py",  # readout
         f"{HERE}/snapshot.py",  # one layer to and from the layout on disk
     },
     frozenset({"time", "sleep"}): {f"{HERE}/runtime.py", f"{HERE}/mesh.py"},

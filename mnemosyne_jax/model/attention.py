@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,8 @@ def attend(kv_LP2KBH: jax.Array, layer: jax.Array, q_TNH, k_TKH, v_TKH, placemen
     Only shared rows are merged over kvp. Private rows are whole as they are: row i of one group and
     row i of another are different requests.
     """
+    chex.assert_shape([k_TKH, v_TKH], (shape.tokens, kv_LP2KBH.shape[3], kv_LP2KBH.shape[5]))
+    chex.assert_shape(q_TNH, (shape.tokens, None, kv_LP2KBH.shape[5]))
     kv_LP2KBH = cache.write(kv_LP2KBH, layer, k_TKH, v_TKH, placement.page_T, placement.offset_T)
     decodes, chunks, R = placement.decodes, placement.chunks, shape.slots
 
