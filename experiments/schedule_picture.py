@@ -13,7 +13,7 @@ from mnemosyne_jax.serve.batch import Batch
 IDLE = "."
 
 
-def letters(batches: Sequence[Batch]) -> dict[str, str]:
+def letters(batches: Sequence[Batch]) -> dict[str | int, str]:
     """A capital letter for each request id, in order of appearance ('?' from the 27th on)."""
     ids = dict.fromkeys(row.request.id for batch in batches for row in (*batch.chunks, *batch.decodes))
     return {id: string.ascii_uppercase[n] if n < 26 else "?" for n, id in enumerate(ids)}

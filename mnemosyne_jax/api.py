@@ -134,9 +134,9 @@ class Engine:
             choose_chunk=choose_chunk,
         )
         self.loop = Loop(self.scheduler, self.executor)
-        self._handles: dict[str, Handle] = {}
+        self._handles: dict[str | int, Handle] = {}
         self._arrivals: list[Request] = []
-        self._cancels: list[str] = []
+        self._cancels: list[str | int] = []
         self._count = 0
 
     @classmethod
@@ -185,13 +185,11 @@ class Engine:
 
         Raises: RequestError with field, value and limit; the engine serves on as if nothing was asked.
         """
+        request = self.scheduler.check(request, self.now(), self.config.stop_ids)
         if request.id in self._handles:
             raise RequestError("id", request.id, "is already queued or running")
-        if self.scheduler.waiting + len(self._arrivals) >= self.serve.max_waiting:
-            raise RequestError(
-                "queue", self.serve.max_waiting, f"is full: at most {self.serve.max_waiting} requests wait"
-            )
-        request = self.scheduler.check(request, self.now(), self.config.stop_ids)
+        if not self._has_room():
+            raise RequestError("queue", self.serve.max_waiting, "is full: so many requests wait already")
         handle = self._handles[request.id] = Handle(self, request)
         self._arrivals.append(request)
         return handle
@@ -206,7 +204,7 @@ class Engine:
                 self._handles[sequence.request.id]._sequence = sequence
         self._handles = {id: h for id, h in self._handles.items() if not h.finished}
 
-    def _cancel(self, id: str) -> None:
+    def _cancel(self, id: str | int) -> None:
         self._cancels.append(id)
 
     def generate(
@@ -240,15 +238,14 @@ class Engine:
         Row i is what the model says follows token_ids[:positions[i] + 1]. `positions` None means all.
         Raises: RequestError as `submit` does.
         """
-        asked = range(len(token_ids)) if positions is None else positions
-        order = tuple(sorted({int(p) for p in asked}))
-        request = Request(self._new_id(), token_ids, max_new_tokens=1, stop_ids=(), read_positions=order)
-        handle = self.submit(request)
+        asked = range(np.size(token_ids)) if positions is None else positions
+        handle = self.submit(Request(self._new_id(), token_ids, 1, stop_ids=(), read_positions=asked))
         handle.result()
         rows = handle._sequence.logits
-        if not order:
-            return np.zeros((0, self.config.vocab), np.float32)
-        return np.stack([rows[int(p)] for p in asked])
+        return np.stack([rows[int(p)] for p in asked]) if len(asked) else np.zeros((0, self.config.vocab), np.float32)
+
+    def _has_room(self) -> bool:
+        return self.scheduler.waiting + len(self._arrivals) < self.serve.max_waiting
 
     def _new_id(self) -> str:
         self._count += 1
@@ -259,7 +256,7 @@ class Engine:
         handles: list[Handle] = []
         try:
             for request in requests:
-                while self.scheduler.waiting + len(self._arrivals) >= self.serve.max_waiting:
+                while not self._has_room():
                     self.tick()
                 handles.append(self.submit(request))
             while not all(handle.finished for handle in handles):

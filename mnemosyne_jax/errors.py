@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 
@@ -13,13 +14,20 @@ class RequestError(ValueError):
     """
 
     def __init__(self, field: str, value: Any, limit: str):
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        super().__init__(f"{field}: got {shown}, {limit}")
+        super().__init__(f"{field}: got {_shown(value)}, {limit}")
         self.field, self.value, self.limit = field, value, limit
 
     def __reduce__(self):
         return RequestError, (self.field, self.value, self.limit)
+
+
+def _shown(value: Any) -> str:
+    """A value in at most 80 characters, without walking through millions of them."""
+    try:
+        shown = reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        shown = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 class GenerationError(RuntimeError):

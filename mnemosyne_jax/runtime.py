@@ -133,7 +133,7 @@ class JaxExecutor:
             return jax.device_put(x, sharding)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    def _read_logits(self, batch: Batch, shape: StepShape) -> list[tuple[list[tuple[str, int]], jax.Array]]:
+    def _read_logits(self, batch: Batch, shape: StepShape) -> list[tuple[list[tuple[str | int, int]], jax.Array]]:
         """Starts reading the logits that the leaving batch's requests asked for: ([(id, position)], device array)."""
         wanted = []
         _, shared, private = shape.hidden_areas

@@ -82,7 +82,7 @@ REFUSED = [
     ("read_positions", [[0, 1]], "positions", [[0, 1]], "flat list"),
     ("read_positions", [[0], [1, 2]], "positions", [[0], [1, 2]], "flat list"),
     ("read_positions", 1, "positions", 1, "flat list"),
-    ("id", 7, "id", 7, "string"),
+    ("id", 7.5, "id", 7.5, "string"),
     ("id", ["a"], "id", ["a"], "string"),
 ]
 

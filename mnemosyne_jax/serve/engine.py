@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mnemosyne_jax.serve.batch import Batch
@@ -25,7 +26,9 @@ class Loop:
         """Nothing waits, runs, or is still in the pipe."""
         return self.scheduler.idle and self._in_flight == 0
 
-    def tick(self, arrivals: list[Request] = [], cancels: list[str] = []) -> tuple[list[Sequence], list[Sequence]]:  # noqa: B006
+    def tick(
+        self, arrivals: Iterable[Request] = (), cancels: Iterable[str | int] = ()
+    ) -> tuple[list[Sequence], list[Sequence]]:
         """Runs one tick: (sequences that arrived, sequences that moved on).
 
         In a run of several processes the arrivals, cancels and time of process 0 hold in all of

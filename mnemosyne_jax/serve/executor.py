@@ -23,7 +23,7 @@ class StepResult:
     batch: Batch
     decode_tokens: tuple[int, ...]
     chunk_tokens: tuple[int, ...]
-    logits: dict[tuple[str, int], np.ndarray]
+    logits: dict[tuple[str | int, int], np.ndarray]
     time_s: float
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-type Ints = int | np.integer | np.ndarray
+type Ints = Any  # an integer, or an array of them: numpy does not type the two alike
 
 
 @dataclass(frozen=True, eq=False)

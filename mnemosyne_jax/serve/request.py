@@ -27,7 +27,7 @@ class Request:
     rotary position of the first token.
     """
 
-    id: str
+    id: str | int
     prompt: np.ndarray | Seq[int]
     max_new_tokens: int = 32
     arrival_s: float | None = None
@@ -36,7 +36,7 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     stop_ids: tuple[int, ...] | None = None
-    read_positions: tuple[int, ...] = ()
+    read_positions: Seq[int] = ()
     first_position: int = 0
 
     @property
@@ -50,8 +50,8 @@ def checked(request: Request, vocab: int, longest: int, now_s: float, stop_ids: 
 
     Raises: RequestError naming field, value and limit, for anything that cannot be served as asked.
     """
-    if not isinstance(request.id, str):
-        raise RequestError("id", request.id, "must be a string")
+    if not isinstance(request.id, str | int):
+        raise RequestError("id", request.id, "must be a string or an integer")
     prompt = _checked_ids("prompt", request.prompt, vocab)
     if prompt.size == 0:
         raise RequestError("prompt", "empty", "must hold at least one token")

@@ -34,7 +34,7 @@ class Scheduler:
         self._fits, self._choose_chunk = fits, choose_chunk
         self.pools = [PagePool(pool_pages) for _ in range(mesh.kvp)]
         self.tick = 0  # the next to be submitted
-        self.sequences: dict[str, Sequence] = {}  # waiting and running
+        self.sequences: dict[str | int, Sequence] = {}  # waiting and running
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of admission
         shared = serve.shared_slots(mesh)
@@ -82,7 +82,7 @@ class Scheduler:
         self._waiting.append(sequence)
         return sequence
 
-    def cancel(self, id: str) -> bool:
+    def cancel(self, id: str | int) -> bool:
         """Ends a request in any phase; its pages go to quarantine at once. False if there is none of that id."""
         sequence = self.sequences.get(id)
         if sequence is not None:
