@@ -5,6 +5,7 @@ VENV ?= .venv
 ACCEL ?=
 PIN ?=
 TESTS ?= tests
+WORKERS ?= 2
 RUN := $(VENV)/.installed-run$(ACCEL)
 DEV := $(VENV)/.installed-dev$(ACCEL)
 comma := ,
@@ -15,7 +16,7 @@ quickstart: $(RUN)  ## a planted value found in a long prompt, on eight virtual 
 	$(VENV)/bin/python -m experiments.generate --config_path configs/quickstart.yaml
 
 test: $(DEV)  ## every law; TESTS=tests/test_step.py for one file
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 check: $(DEV)  ## format, lint, types
 	$(VENV)/bin/ruff format --check && $(VENV)/bin/ruff check && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python

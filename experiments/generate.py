@@ -71,7 +71,7 @@ class Run:
     """What came of serving the requests on one mesh."""
 
     mesh: mn.MeshSpec
-    answers: dict[str, mn.Result]
+    answers: dict[str | int, mn.Result]
     batches: list[Batch]
     build_s: float
     serve_s: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from mnemosyne_jax.serve.chunking import ChooseChunk, largest_chunk
 from mnemosyne_jax.serve.engine import Loop
 from mnemosyne_jax.serve.request import Request, Sequence, Timeline
 from mnemosyne_jax.serve.scheduler import Scheduler
+
+log = logging.getLogger("mnemosyne_jax")
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class Engine:
         choose_chunk: ChooseChunk = largest_chunk,
     ):
         self.config, self.params, self.mesh, self.serve = config, params, mesh, serve
+        if serve.policy != "fcfs":
+            log.warning("policy %s is not part of this version: requests are served in order of arrival", serve.policy)
         self.executor = JaxExecutor(config, params, serve, mesh)
         self.scheduler = Scheduler(
             serve,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from mnemosyne_jax.errors import RequestError
 
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+COUNTS = (
+    "page_tokens", "private_rows", "shared_rows", "private_chunks", "shared_chunks", "chunk_tokens", "span_tokens",
+    "max_waiting", "ahead",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,14 +124,15 @@ class ServeConfig:
     """How requests are served: pages, rows of a tick, chunking, placement, numerics.
 
     `pool_pages` is the number of pages in each kvp group (None: what device memory allows; on a
-    CPU, 32,768 tokens). A request that can grow past `span_tokens` is shared by all groups: under
+    CPU, 131,072 tokens or 2 GiB). A request that can grow past `span_tokens` is shared by all groups: under
     `grow` it fills group after group, `span_tokens` each (the paper's onboarding); under `stripe`
     its pages alternate between groups from the start. Shorter requests are private to one group.
     `private_rows` and `shared_rows` are how many sequences of each kind run at once (private: per group),
     `private_chunks` and `shared_chunks` how many of them may prefill in one tick. `chunk_tokens` is
     the prefill token budget of a tick; `chunk_buckets` are the row counts for which programs are
     compiled (None: a sixteenth, a quarter and the whole of `chunk_tokens`). `ahead` is how many
-    ticks are submitted before a token is read.
+    ticks are submitted before a token is read. `policy` lars and `tbt_slo_s` are kept for the
+    scheduler to come: this version serves in order of arrival, by token budget, and says so in the log.
     """
 
     page_tokens: int = 128
@@ -142,25 +147,18 @@ class ServeConfig:
     span_tokens: int = 8192
     max_waiting: int = 4096
     ahead: int = 1
-    policy: Literal["fcfs"] = "fcfs"
+    policy: Literal["fcfs", "lars"] = "fcfs"
     tbt_slo_s: float = 0.030
     impl: Literal["auto", "reference", "mosaic"] = "auto"
     rope_precision: Literal["exact", "hf_float32"] = "exact"
 
     def __post_init__(self):
-        for name in (
-            "page_tokens",
-            "private_rows",
-            "private_chunks",
-            "shared_chunks",
-            "shared_rows",
-            "chunk_tokens",
-            "span_tokens",
-            "ahead",
-            "max_waiting",
-        ):
-            if getattr(self, name) < 1:
-                raise RequestError(f"serve.{name}", getattr(self, name), "must be at least 1")
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise RequestError(f"serve.{name}", getattr(self, name), f"must be one of {', '.join(get_args(kind))}")
+        for name in COUNTS:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise RequestError(f"serve.{name}", getattr(self, name), "must be an integer of at least 1")
         if self.pool_pages is not None and self.pool_pages < 1:
             raise RequestError("serve.pool_pages", self.pool_pages, "must be at least 1")
         buckets = self.buckets

@@ -30,7 +30,7 @@ from mnemosyne_jax.serve.executor import StepResult
 
 log = logging.getLogger("mnemosyne_jax")
 READOUT_ROWS = 64
-CPU_POOL_TOKENS = 32_768
+CPU_POOL_TOKENS, CPU_POOL_BYTES = 131_072, 2**31  # of each group, whichever is less
 
 
 class JaxExecutor:
@@ -177,12 +177,12 @@ class JaxExecutor:
 
 
 def _pages_that_fit(config: ModelConfig, params: Params, serve: ServeConfig, mesh: Mesh) -> int:
-    """Pages per group that the devices have memory for beside the weights; on a CPU, CPU_POOL_TOKENS."""
-    spec = spec_of(mesh)
+    """Pages per group that the devices have memory for beside the weights; on a CPU, a fixed amount."""
+    spec, dtype = spec_of(mesh), params.embed.dtype
     device = mesh.local_devices[0]
     if device.platform == "cpu":
-        return -(-CPU_POOL_TOKENS // serve.page_tokens)
-    dtype = params.embed.dtype
+        tokens = min(CPU_POOL_TOKENS, CPU_POOL_BYTES // config.kv_bytes_per_token(dtype.itemsize, spec.tp))
+        return max(1, tokens // serve.page_tokens)
     one, two = (cache.state_bytes_per_device(cache.abstract(config, serve, mesh, dtype, pages)) for pages in (1, 2))
     stats = device.memory_stats() or {}
     room = int(stats.get("bytes_limit", 0) * (1 - ACTIVATION_FRACTION)) - weight_bytes_per_device(params) - one

@@ -7,12 +7,14 @@ import mnemosyne_jax as mn
 from tests.engines import engine
 
 
-@pytest.mark.parametrize(("kvp", "spp"), [(1, 1), (1, 2), (1, 4), (2, 2)])
-def test_random_ends_and_cancels_in_a_pool_just_big_enough(kvp, spp):
+@pytest.mark.parametrize(
+    ("family", "kvp", "spp"), [("llama3", 1, 1), ("llama3", 1, 2), ("llama", 1, 3), ("llama3", 1, 4), ("llama3", 2, 2)]
+)
+def test_random_ends_and_cancels_in_a_pool_just_big_enough(family, kvp, spp):
     """Random stop ids, cancels and arrivals, submitted two ahead, where every grant needs somebody's old pages."""
     rng = np.random.default_rng(spp)
-    tight = engine("llama3", kvp=kvp, spp=spp, ahead=2, pool_pages=12, private_rows=2)
-    alone = engine("llama3")
+    tight = engine(family, kvp=kvp, spp=spp, ahead=2, pool_pages=12, private_rows=2)
+    alone = engine(family)
     asked, handles = {}, {}
     for n in range(40):
         longest = 170 if kvp == 1 else 150  # with two groups, some are spread over both
