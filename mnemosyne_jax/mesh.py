@@ -15,6 +15,7 @@ from mnemosyne_jax.config import MeshSpec
 from mnemosyne_jax.errors import RequestError
 
 AXES = ("kvp", "spp", "tp")
+MESSAGE_BYTES = 512
 
 
 def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
@@ -85,11 +86,19 @@ def start_processes(coordinator: str, processes: int, index: int) -> None:
 
 
 def broadcast(payload: bytes) -> bytes:
-    """Process 0's payload, in every process of the run."""
+    """Process 0's payload, in every process of the run.
+
+    One message of fixed size, and a second, padded to a power of two, if that is too small: each size is compiled once.
+    """
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
-    length = int(broadcast_one_to_all(np.int32(len(payload))))
-    mine = np.zeros(length, np.uint8)
-    if jax.process_index() == 0:
-        mine[:] = np.frombuffer(payload, np.uint8)
-    return np.asarray(broadcast_one_to_all(mine)).tobytes()
+    def send(content: bytes, size: int) -> bytes:
+        return np.asarray(broadcast_one_to_all(np.frombuffer(content.ljust(size, b"\0"), np.uint8))).tobytes()
+
+    prefix = len(payload).to_bytes(8)
+    first = send((prefix + payload)[:MESSAGE_BYTES], MESSAGE_BYTES)
+    length, content = int.from_bytes(first[:8]), first[8:]
+    if length > len(content):
+        mine = payload if jax.process_index() == 0 else b""
+        content = send(mine, 1 << (length - 1).bit_length())
+    return content[:length]
