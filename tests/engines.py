@@ -47,3 +47,13 @@ def agreeing_tokens(tokens: list[int], reference: np.ndarray, gaps: np.ndarray, 
             assert gaps[i] <= 2 * tolerance, f"token {i} is {token}, not {right}, at a gap of {gaps[i]:.4f}"
             return i
     return len(tokens)
+
+
+def assert_matches_hugging_face(family: str) -> None:
+    """On one device, logits within the tolerance and every greedy token the same."""
+    want, tolerance = expected(family), LOGIT_TOLERANCE["float32"]
+    logits = engine(family).logits(want["prompt"], want["positions"])
+    print(f"{family}: max |difference of logits| {np.abs(logits - want['logits']).max():.1e}")
+    assert np.abs(logits - want["logits"]).max() <= tolerance
+    (result,) = engine(family).generate([want["prompt"]], max_new_tokens=len(want["tokens"]), stop_ids=())
+    assert agreeing_tokens(result.tokens, want["tokens"], want["gaps"], tolerance) == len(want["tokens"])

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 import mnemosyne_jax as mn
-from tests.engines import FAMILIES, LOGIT_TOLERANCE, SMALL, agreeing_tokens, engine, expected, folder
+from tests.engines import (
+    FAMILIES,
+    LOGIT_TOLERANCE,
+    SMALL,
+    agreeing_tokens,
+    assert_matches_hugging_face,
+    engine,
+    expected,
+    folder,
+)
 
 
 def prompts(count: int, length: int, seed: int = 0) -> list[np.ndarray]:
@@ -16,12 +25,7 @@ def prompts(count: int, length: int, seed: int = 0) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_matches_hugging_face(family):
-    want, tolerance = expected(family), LOGIT_TOLERANCE["float32"]
-    logits = engine(family).logits(want["prompt"], want["positions"])
-    print(f"{family}: max |difference of logits| {np.abs(logits - want['logits']).max():.1e}")
-    assert np.abs(logits - want["logits"]).max() <= tolerance
-    (result,) = engine(family).generate([want["prompt"]], max_new_tokens=len(want["tokens"]), stop_ids=())
-    assert agreeing_tokens(result.tokens, want["tokens"], want["gaps"], tolerance) == len(want["tokens"])
+    assert_matches_hugging_face(family)
 
 
 def test_bfloat16_stays_near_float32():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import mnemosyne_jax as mn
-from tests.engines import FAMILIES, LOGIT_TOLERANCE, agreeing_tokens, engine, expected
+from tests.engines import FAMILIES, LOGIT_TOLERANCE, agreeing_tokens, assert_matches_hugging_face, engine, expected
 
 pytestmark = pytest.mark.gpu
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
@@ -18,12 +18,7 @@ def need(devices: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_matches_hugging_face(family):
-    want, tolerance = expected(family), LOGIT_TOLERANCE["float32"]
-    logits = engine(family).logits(want["prompt"], want["positions"])
-    print(f"{family}: max |difference of logits| {np.abs(logits - want['logits']).max():.1e}")
-    assert np.abs(logits - want["logits"]).max() <= tolerance
-    (result,) = engine(family).generate([want["prompt"]], max_new_tokens=len(want["tokens"]), stop_ids=())
-    assert agreeing_tokens(result.tokens, want["tokens"], want["gaps"], tolerance) == len(want["tokens"])
+    assert_matches_hugging_face(family)
 
 
 @pytest.mark.parametrize(("kvp", "spp", "tp"), LAYOUTS)
