@@ -26,11 +26,11 @@ def folder(family: str) -> Path:
     return make(family, Path(tempfile.mkdtemp()) / family)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=6)  # every program holds hundreds of memory maps, and a process has 65,530
 def engine(
     family: str = "llama3", kvp: int = 1, spp: int = 1, tp: int = 1, dtype: str = "float32", **serve
 ) -> mn.Engine:
-    """An Engine over the family's checkpoint; every test that asks for the same one shares its programs."""
+    """An Engine over the family's checkpoint; tests that ask for the same one soon after share it."""
     return mn.Engine.load(folder(family), mn.MeshSpec(kvp, spp, tp), mn.ServeConfig(**(SMALL | serve)), dtype)
 
 
