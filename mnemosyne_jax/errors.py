@@ -23,8 +23,9 @@ class RequestError(ValueError):
 
 def _shown(value: Any) -> str:
     """A value in at most 80 characters, without walking through millions of them."""
+    short = reprlib.Repr(maxstring=80, maxother=80)
     try:
-        shown = reprlib.repr(value)
+        shown = short.repr(value)
     except ValueError:  # an integer of more digits than Python prints
         shown = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
     return shown if len(shown) <= 80 else shown[:77] + "..."

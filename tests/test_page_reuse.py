@@ -16,7 +16,7 @@ def test_random_ends_and_cancels_in_a_pool_just_big_enough(family, kvp, spp):
     tight = engine(family, kvp=kvp, spp=spp, ahead=2, pool_pages=12, private_rows=2)
     alone = engine(family)
     asked, handles = {}, {}
-    for n in range(40):
+    for n in range(24):
         longest = 170 if kvp == 1 else 150  # with two groups, some are spread over both
         prompt = rng.integers(0, 211, int(rng.integers(1, longest)), dtype=np.int32)
         new = int(rng.integers(1, 12))
@@ -30,7 +30,7 @@ def test_random_ends_and_cancels_in_a_pool_just_big_enough(family, kvp, spp):
                 handles[waiting[0]] = tight.submit(asked[waiting[0]][0])
                 waiting.pop(0)
         running = [h for h in handles.values() if not h.finished]
-        if running and rng.random() < 0.06:
+        if running and rng.random() < 0.08:
             running[int(rng.integers(len(running)))].cancel()
         tight.tick()
     reasons = {h.reason for h in handles.values()}

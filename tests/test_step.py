@@ -68,7 +68,7 @@ def test_cache_is_never_copied(mesh):
 
 
 def test_programs_are_built_by_warmup_and_not_after():
-    serve = mn.ServeConfig(**(SMALL | dict(chunk_buckets=(8, 64), private_rows=3)))
+    serve = mn.ServeConfig(**(SMALL | dict(private_rows=3)))
     folder("qwen2")
     counted = Compilations()
     one = mn.Engine.load(folder("qwen2"), mn.MeshSpec(2, 1, 1), serve)
