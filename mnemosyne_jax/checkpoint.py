@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
 
 from mnemosyne_jax.config import ModelConfig
 from mnemosyne_jax.errors import RequestError
@@ -198,6 +197,8 @@ def _refuse_untied(config: ModelConfig, read: Read) -> None:
 
 def _open_tensors(folder: Path) -> dict[str, tuple[str, Any]]:
     """Name -> (file, lazy tensor) of every tensor in the folder's safetensors; nothing but headers is read."""
+    from safetensors import SafetensorError, safe_open
+
     index_path = folder / "model.safetensors.index.json"
     index: dict[str, str] | None = None
     if (folder / "model.safetensors").is_file():

@@ -147,6 +147,15 @@ sys.exit("jax" in sys.modules)"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_package_imports_without_what_only_some_uses_need():
+    """Benchmarks run where safetensors, orbax, transformers and torch are not installed."""
+    code = """import sys
+for name in ("safetensors", "orbax", "orbax.checkpoint", "transformers", "torch", "matplotlib"):
+    sys.modules[name] = None
+import mnemosyne_jax, experiments.results, experiments.command_line, experiments.bench_packing"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda f: f.name)
 def test_yaml_parses(file):
     assert isinstance(yaml.safe_load(file.read_text()), dict)
