@@ -10,7 +10,8 @@ import mnemosyne_jax as mn
 from mnemosyne_jax.model.cache import state_bytes_per_device
 from mnemosyne_jax.model.inputs import buffer_words
 from mnemosyne_jax.model.params import weight_bytes_per_device
-from mnemosyne_jax.serve.batch import Batch
+from mnemosyne_jax.serve.batch import Batch, DecodeRow
+from mnemosyne_jax.serve.pages import Span
 from tests.engines import SMALL, engine, folder
 from tests.test_engine import prompts
 
@@ -119,6 +120,19 @@ def test_host_traffic_does_not_grow_with_context(monkeypatch):
             handle.result()
         by_length.append((max(sent), min(sent)))
     assert by_length[0] == by_length[1] == (4 * buffer_words(one.executor.shapes[0]),) * 2
+
+
+def test_host_traffic_at_a_million_tokens(monkeypatch):
+    """A decode row at position 1,000,000 sends what one at position 1,000 sends."""
+    one = engine("llama3", dtype="bfloat16", pool_pages=62_600).executor
+    span = Span(0, 0, 1, np.arange(62_600, dtype=np.int32))
+    sent: list[int] = []
+    to_devices = one._to_devices
+    monkeypatch.setattr(one, "_to_devices", lambda x, sharding: (sent.append(x.nbytes), to_devices(x, sharding))[1])
+    for tick, position in enumerate((1_000, 1_000_000)):
+        row = DecodeRow(mn.Request("far", [1]), slot=0, group=0, spans=(span,), position=position)
+        one.step(Batch(tick, decodes=(row,)))
+    assert sent == [4 * buffer_words(one.shapes[0])] * 2
 
 
 def test_ticks_are_submitted_before_tokens_are_read(monkeypatch):
