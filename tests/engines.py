@@ -15,7 +15,7 @@ EXPECTED = Path(__file__).parent / "expected"
 FAMILIES = ("llama3", "llama", "llama_yarn", "mistral", "qwen2", "qwen3")
 
 # By dtype: the largest difference of a logit between two ways of computing it. |logit| goes up to about 10 here.
-LOGIT_TOLERANCE = {"float32": 2e-4, "bfloat16": 0.25}
+LOGIT_TOLERANCE = {"float32": 2e-4, "bfloat16": 0.5}
 
 SMALL = dict(page_tokens=16, pool_pages=32, private_rows=4, chunk_tokens=64, chunk_buckets=(64,), span_tokens=64)
 

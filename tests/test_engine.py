@@ -35,7 +35,10 @@ def test_bfloat16_stays_near_float32():
     logits = low.logits(want["prompt"], want["positions"])
     assert np.abs(logits - want["logits"]).max() <= LOGIT_TOLERANCE["bfloat16"]
     (result,) = low.generate([want["prompt"]], max_new_tokens=len(want["tokens"]), stop_ids=())
-    assert agreeing_tokens(result.tokens, want["tokens"], want["gaps"], LOGIT_TOLERANCE["bfloat16"]) > 0
+    agree = agreeing_tokens(result.tokens, want["tokens"], want["gaps"], LOGIT_TOLERANCE["bfloat16"])
+    part = "" if agree == len(want["tokens"]) else f", then a gap of {want['gaps'][agree]:.3f}"
+    print(f"bfloat16: max |difference of logits| {np.abs(logits - want['logits']).max():.3f}, {agree} tokens{part}")
+    assert agree > 0
 
 
 def test_any_chunking_gives_the_same_logits():
@@ -184,6 +187,15 @@ def test_not_finite_logits_fail_one_request_alone():
         list(one.submit(mn.Request("again", victim)))
     for _ in range(3):  # on pages and slots that held NaN
         assert one.generate([neighbour], max_new_tokens=8, stop_ids=())[0].tokens == want.tokens
+
+
+def test_a_saved_engine_loads_onto_another_mesh(tmp_path):
+    one = engine("llama3")
+    one.save(tmp_path / "saved")
+    other = mn.Engine.load(tmp_path / "saved", mn.MeshSpec(1, 2, 2), one.serve)
+    p = prompts(1, 70)[0]
+    want, got = (e.generate([p], max_new_tokens=6)[0].tokens for e in (one, other))
+    assert got == want and other.config == one.config
 
 
 def test_load_refuses_what_cannot_be_laid_out():
