@@ -71,7 +71,7 @@ def check(got, want):
     np.testing.assert_allclose(got[1], want[1], atol=2e-6, rtol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_chunked_prefill(seed):
     rng = np.random.default_rng(seed)
