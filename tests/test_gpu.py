@@ -1,4 +1,4 @@
-"""The same laws on GPUs, on as many as there are: MNEMOSYNE_TEST_PLATFORM=cuda make test TESTS=tests/test_gpu.py."""
+"""The same laws on GPUs, as many as there are: MNEMOSYNE_TEST_PLATFORM=cuda python -m pytest -s tests/test_gpu.py."""
 
 import jax
 import numpy as np
