@@ -16,6 +16,7 @@ from mnemosyne_jax import checkpoint, needle, snapshot
 from mnemosyne_jax.config import MeshSpec, ModelConfig, ServeConfig
 from mnemosyne_jax.errors import GenerationError, RequestError
 from mnemosyne_jax.mesh import make_mesh, spec_of
+from mnemosyne_jax.model.attention import refuse_impl
 from mnemosyne_jax.model.params import Params
 from mnemosyne_jax.runtime import JaxExecutor
 from mnemosyne_jax.serve.chunking import ChooseChunk, largest_chunk
@@ -153,6 +154,7 @@ class Engine:
         It compiles nothing yet; see `warmup`. `dtype` None keeps the checkpoint's. Raises:
         RequestError for a checkpoint, mesh or setting that cannot be served, before a device is touched.
         """
+        refuse_impl(serve.impl)
         wanted = None if dtype is None else jnp.dtype(dtype)
         if (Path(path) / snapshot.FACTS).is_file():
             config, params = snapshot.restore(path, device_mesh := make_mesh(mesh), wanted)
@@ -168,6 +170,7 @@ class Engine:
     @classmethod
     def needle(cls, mesh: MeshSpec = MeshSpec(), serve: ServeConfig = ServeConfig(), dtype: str = "float32") -> Engine:
         """An Engine over the embedded retrieval model; `needle_prompt` makes prompts for it."""
+        refuse_impl(serve.impl)
         config, tensors = needle.config(), needle.tensors()
         config.refuse_mesh(mesh)
         device_mesh = make_mesh(mesh)
@@ -234,7 +237,7 @@ class Engine:
             try:
                 self.scheduler.check(request, self.now(), self.config.stop_ids)
             except RequestError as error:
-                raise RequestError(f"prompts[{index}].{error.field}", error.value, error.limit) from None
+                raise RequestError(error.field, error.value, f"{error.limit} (prompts[{index}])") from None
         return [handle.result() for handle in self._submitted(requests)]
 
     def logits(self, token_ids: Seq[int] | np.ndarray, positions: Seq[int] | None = None) -> np.ndarray:

@@ -147,7 +147,7 @@ def test_refusals_leave_the_engine_serving():
         assert error.value.field == field and error.value.limit
     with pytest.raises(mn.RequestError, match=r"prompts\[1\]") as error:
         one.generate([p, [5, 211]], max_new_tokens=6)
-    assert error.value.value == 211
+    assert (error.value.field, error.value.value) == ("prompt", 211)
     assert one.loop.idle
     assert one.generate([p], max_new_tokens=6, stop_ids=())[0].tokens == want.tokens
 
@@ -205,5 +205,6 @@ def test_load_refuses_what_cannot_be_laid_out():
         assert all(n in str(error.value) for n in numbers)
     with pytest.raises(mn.RequestError, match="devices"):
         mn.Engine.load(folder("llama3"), mesh=mn.MeshSpec(kvp=16))
-    with pytest.raises(mn.RequestError, match="mosaic"):
-        mn.Engine.load(folder("llama3"), serve=mn.ServeConfig(impl="mosaic"))
+    for make in (lambda s: mn.Engine.load("no such folder", serve=s), lambda s: mn.Engine.needle(serve=s)):
+        with pytest.raises(mn.RequestError, match="mosaic"):  # before the folder is even looked at
+            make(mn.ServeConfig(impl="mosaic"))

@@ -9,7 +9,7 @@ import pytest
 import mnemosyne_jax as mn
 from mnemosyne_jax.model.cache import state_bytes_per_device
 from mnemosyne_jax.model.inputs import buffer_words
-from mnemosyne_jax.model.params import weight_bytes_per_device
+from mnemosyne_jax.model.params import init, weight_bytes_per_device
 from mnemosyne_jax.serve.batch import Batch, DecodeRow
 from mnemosyne_jax.serve.pages import Span
 from tests.engines import SMALL, engine, folder
@@ -173,6 +173,17 @@ def test_weights_per_device(family, mesh):
     total = one.weights + (kv_copies - 1) * one.layers * 2 * one.width * one.kv_heads * one.head_dim
     held = weight_bytes_per_device(params) / 4
     assert held == pytest.approx(total / (mesh[1] * mesh[2]), rel=0.05)
+
+
+def test_random_weights_are_made_where_they_live():
+    many = engine("llama", 1, 2, 2)
+    params = init(many.config, many.mesh, np.dtype("float32"), seed=1)
+    same = jax.tree.map(
+        lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding), params, many.params
+    )
+    assert all(jax.tree.leaves(same))
+    layer = params.layers[0]
+    assert np.all(np.asarray(layer.attn_norm) == 1) and abs(np.asarray(layer.w_up).std() / 0.02 - 1) < 0.05
 
 
 def test_functions_for_ones_own_loop():

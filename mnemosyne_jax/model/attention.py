@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import chex
@@ -15,8 +14,6 @@ from mnemosyne_jax.model import cache
 from mnemosyne_jax.model.inputs import Rows, StepInputs, StepShape
 from mnemosyne_jax.model.partial import Partial, merge_over_kvp
 from pallas_kernels.reference import chunked_prefill, paged_decode
-
-log = logging.getLogger("mnemosyne_jax")
 
 
 @flax.struct.dataclass
@@ -31,17 +28,12 @@ class Placement:
     chunk_positions: jax.Array
 
 
-def choose_impl(impl: str) -> str:
-    """The kernels a run uses, said once in the log.
-
-    Raises: RequestError for kernels that this version does not have.
-    """
+def refuse_impl(impl: str) -> None:
+    """Raises RequestError for kernels that this version does not have."""
     if impl == "mosaic":
         raise RequestError(
             "serve.impl", impl, "the Mosaic GPU kernels are not part of this version; use auto or reference"
         )
-    log.info("attention kernels: reference (blockwise jnp)")
-    return "reference"
 
 
 def place(

@@ -21,8 +21,8 @@ class KVCache:
     """Paged keys and values (index 0 and 1 of dimension '2'), and where each slot's pages are.
 
     `page_table[stage, group, slot, j]` is the page of local page j of the sequence in `slot`. Each stage
-    has its own table, since it learns of new pages when their batch reaches it. All slots of pages
-    are stored `offset` by `offset`; entries beyond a sequence's length hold anything.
+    has its own table, since it learns of new pages when their batch reaches it. `offset` is a
+    token's place within its page; places beyond a sequence's length hold anything.
     """
 
     kv: jax.Array = array("layer/spp page/kvp 2 kv_head/tp offset head_dim")

@@ -168,7 +168,7 @@ DTYPES = {"temperature": np.float32, "top_p": np.float32, "seeds": np.uint32}  #
 
 @functools.cache
 def _template(shape: StepShape) -> StepInputs:
-    """StepInputs of (offset, size): where each leaf lies in the buffer."""
+    """StepInputs of slices: where each leaf lies in the buffer."""
     R, C, X, E = shape.slots, shape.chunk_rows, shape.sampled, shape.deltas
     sizes = StepInputs(
         entering=Entering(shape.tokens, R),
