@@ -27,6 +27,7 @@ MAY_IMPORT = {
     f"{HERE}/mesh.py": ["jax", "flax", "numpy", *CORE],
     f"{HERE}/model/attention.py": [*MODEL, "pallas_kernels"],
     f"{HERE}/model/partial.py": [*MODEL, "pallas_kernels"],
+    f"{HERE}/model/ring.py": [*MODEL, "pallas_kernels"],
     f"{HERE}/model/*": MODEL,
     f"{HERE}/serve/*": ["numpy", *CORE, f"{HERE}.serve"],
     f"{HERE}/packing.py": [
@@ -38,7 +39,7 @@ NOWHERE = {"torch", "experiments", "tests"}
 # Where a name may be used; matched against the last word of every name and attribute in the source.
 MAY_USE = {
     frozenset({"psum", "pmax", "pmin", "pmean", "psum_scatter", "all_gather", "all_to_all", "ppermute"}): {
-        f"{HERE}/model/layers.py", f"{HERE}/model/partial.py", f"{HERE}/model/step.py",
+        f"{HERE}/model/layers.py", f"{HERE}/model/partial.py", f"{HERE}/model/ring.py", f"{HERE}/model/step.py",
     },
     frozenset({"jit", "pmap", "shard_map"}): {
         f"{HERE}/model/step.py",
