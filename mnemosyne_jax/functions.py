@@ -17,6 +17,7 @@ from mnemosyne_jax.config import ModelConfig, ServeConfig
 from mnemosyne_jax.errors import RequestError
 from mnemosyne_jax.mesh import partition, spec_of
 from mnemosyne_jax.model import cache as state_of
+from mnemosyne_jax.model.attention import choose_impl
 from mnemosyne_jax.model.cache import State
 from mnemosyne_jax.model.inputs import hidden_areas, step_shapes
 from mnemosyne_jax.model.params import Params
@@ -151,7 +152,8 @@ def _run(params: Params, cache: Cache, batch: Batch) -> tuple[Cache, np.ndarray]
     """Takes one batch through all stages: (cache, tokens [kvp, X])."""
     spec = spec_of(cache.mesh)
     shape = smallest_shape(step_shapes(cache.serve, spec), [batch], spec.kvp)
-    step = _step(cache.mesh, cache.config, shape, params.embed.dtype)
+    impl = choose_impl(cache.serve, cache.config, spec.tp, params.embed.dtype)
+    step = _step(cache.mesh, cache.config, shape, params.embed.dtype, impl=impl)
     state, tokens = cache.state, None
     for stage in range(spec.spp):
         history = [Batch(-1)] * spec.spp

@@ -19,7 +19,7 @@ from mnemosyne_jax.config import ModelConfig, ServeConfig
 from mnemosyne_jax.errors import RequestError
 from mnemosyne_jax.mesh import broadcast, partition, spec_of
 from mnemosyne_jax.model import cache
-from mnemosyne_jax.model.attention import refuse_impl
+from mnemosyne_jax.model.attention import choose_impl
 from mnemosyne_jax.model.inputs import StepShape, buffer_words, step_shapes
 from mnemosyne_jax.model.params import Params, weight_bytes_per_device
 from mnemosyne_jax.model.step import INPUTS, make_readout, make_state, make_step
@@ -37,11 +37,11 @@ class JaxExecutor:
     """Executor over a mesh: submits ticks ahead of reading their tokens, and compiles a program when first met."""
 
     def __init__(self, config: ModelConfig, params: Params, serve: ServeConfig, mesh: Mesh):
-        refuse_impl(serve.impl)
-        log.info("attention kernels: reference (blockwise jnp)")
         self.config, self.params, self.serve, self.mesh = config, params, serve, mesh
         self.spec = spec_of(mesh)
         self.dtype = params.embed.dtype
+        self.impl = choose_impl(serve, config, self.spec.tp, self.dtype)
+        log.info("attention kernels: %s", self.impl)
         self.shapes = step_shapes(serve, self.spec)
         self.pool_pages = serve.pool_pages or _pages_that_fit(config, params, serve, mesh)
         self.target = cache.abstract(config, serve, mesh, self.dtype, self.pool_pages)
@@ -96,7 +96,7 @@ class JaxExecutor:
             return (
                 make_readout(self.mesh, self.config, self.dtype).lower(self.params, self.target, rows, rows).compile()
             )
-        step = make_step(self.mesh, self.config, key, self.dtype, self.serve.rope_precision)
+        step = make_step(self.mesh, self.config, key, self.dtype, self.serve.rope_precision, self.impl)
         words = (self.spec.spp, self.spec.kvp, buffer_words(key))
         buffer = jax.ShapeDtypeStruct(words, np.int32, sharding=self._sharding)
         return step.lower(self.params, self.target, buffer).compile()

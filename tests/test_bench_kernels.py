@@ -121,7 +121,7 @@ def test_error_sees_any_output_that_is_not_finite(poison):
 
 def test_one_program_serves_all_contexts_of_a_chunk():
     config = command_line.read(BenchKernelsConfig, TINY)
-    _, calls = bench_kernels.programs(config, decode=False)
+    _, calls = bench_kernels.programs(config, 16, decode=False)
     kv, tables = bench_kernels.make_kv(config, 16), bench_kernels.page_tables(config, [64], 2)
     qs = [rivals.normal(i, (16, 4, 16)) for i in range(2)]
     outs = [calls(qs, kv, tables, bench_kernels.prefill_rows(16, context), None) for context in (32, 64)]

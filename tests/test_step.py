@@ -3,13 +3,17 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mnemosyne_jax as mn
+from mnemosyne_jax.model.cache import abstract as abstract_state
 from mnemosyne_jax.model.cache import state_bytes_per_device
-from mnemosyne_jax.model.inputs import buffer_words
+from mnemosyne_jax.model.inputs import buffer_words, step_shapes
+from mnemosyne_jax.model.params import abstract as abstract_params
 from mnemosyne_jax.model.params import init, weight_bytes_per_device
+from mnemosyne_jax.model.step import make_step
 from mnemosyne_jax.serve.batch import Batch, DecodeRow
 from mnemosyne_jax.serve.pages import Span
 from tests.engines import SMALL, engine, folder
@@ -220,3 +224,21 @@ def test_plan_names_what_fits():
     assert 7.9 < spread.longest_context_tokens / alone.longest_context_tokens < 8.1
     assert alone.fits and alone.longest_context_tokens * per_token < 10**9
     assert not mn.plan(config, card, mn.MeshSpec(), alone.longest_context_tokens + 1).fits
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_mosaic_tick_lowers_for_cuda(mesh, head_dim):
+    """The whole tick with the Hopper kernels, on every axis, passes their compiler's front end; layers share a body."""
+    config = mn.ModelConfig(width=64, ffn=64, vocab=64, layers=4, heads=16, kv_heads=4, head_dim=head_dim)
+    serve = mn.ServeConfig(pool_pages=8, chunk_tokens=256, chunk_buckets=(256,), impl="mosaic")
+    device_mesh = mn.make_mesh(mn.MeshSpec(*mesh))
+    state = abstract_state(config, serve, device_mesh, jnp.bfloat16, 8)
+    params = abstract_params(config, device_mesh, jnp.bfloat16)
+    for shape in step_shapes(serve, mn.MeshSpec(*mesh)):
+        buffer = jax.ShapeDtypeStruct((mesh[1], mesh[0], buffer_words(shape)), np.int32)
+        step = make_step(device_mesh, config, shape, jnp.bfloat16, impl="mosaic")
+        text = step.trace(params, state, buffer).lower(lowering_platforms=("cuda",)).as_text()
+        kernels = text.count("custom_call @mosaic_gpu")
+        # attend and merge, of decodes and of chunks
+        assert kernels == (4 if shape.chunk_tokens else 2), kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import chex
@@ -9,11 +10,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from mnemosyne_jax.config import ModelConfig, ServeConfig
 from mnemosyne_jax.errors import RequestError
 from mnemosyne_jax.model import cache
 from mnemosyne_jax.model.inputs import Rows, StepInputs, StepShape
 from mnemosyne_jax.model.partial import Partial, merge_over_kvp
-from pallas_kernels.reference import chunked_prefill, paged_decode
+from pallas_kernels import mosaic, reference
+from pallas_kernels.work import Work
 
 
 @flax.struct.dataclass
@@ -26,25 +29,56 @@ class Placement:
     decodes: Rows
     chunks: Rows
     chunk_positions: jax.Array
+    decode_work: Work | None = None  # how the Mosaic kernels share out the rows; None: the reference kernels run
+    chunk_work: Work | None = None
 
 
 def refuse_impl(impl: str) -> None:
-    """Raises RequestError for kernels that this version does not have."""
-    if impl == "mosaic":
-        raise RequestError(
-            "serve.impl", impl, "the Mosaic GPU kernels are not part of this version; use auto or reference"
-        )
+    """Raises RequestError if these devices cannot run the kernels asked for: what is known before a model is."""
+    if impl == "mosaic" and not _on_hopper():
+        raise RequestError("serve.impl", impl, f"needs sm_90 (H100, H200): this is {jax.devices()[0].device_kind}")
+
+
+def choose_impl(serve: ServeConfig, config: ModelConfig, tp: int, dtype: Any) -> str:
+    """The kernels that `serve.impl` comes to on these devices: "mosaic" or "reference".
+
+    Raises: RequestError if Mosaic kernels are asked for and the devices or the model do not allow them.
+    """
+    refuse_impl(serve.impl)
+    kv_heads = max(config.kv_heads // tp, 1)
+    reason = mosaic.unsupported(config.head_dim, config.heads // tp // kv_heads, serve.page_tokens, dtype)
+    if serve.impl == "mosaic" and reason:
+        raise RequestError("serve.impl", serve.impl, f"cannot serve this model: {reason}; use auto or reference")
+    return "mosaic" if serve.impl != "reference" and not reason and _on_hopper() else "reference"
+
+
+def _on_hopper() -> bool:
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
 def place(
-    inputs: StepInputs, page_table_SJ: jax.Array, chunk_positions: jax.Array, shape: StepShape, pages: int
+    inputs: StepInputs, page_table_SJ: jax.Array, chunk_positions: jax.Array, kv_LP2KBH: jax.Array, shape: StepShape
 ) -> Placement:
     """The Placement of a tick: token rows in the order decodes, chunks."""
+    pages = kv_LP2KBH.shape[1]
     targets = [cache.write_targets(page_table_SJ, inputs.decodes, shape.slots, shape.page_tokens, pages)]
     if shape.chunk_tokens:
         targets.append(cache.write_targets(page_table_SJ, inputs.chunks, shape.chunk_tokens, shape.page_tokens, pages))
     page_T, offset_T = (jnp.concatenate(parts) for parts in zip(*targets, strict=True))
     return Placement(page_T, offset_T, page_table_SJ, inputs.decodes, inputs.chunks, chunk_positions)
+
+
+def share_out(placement: Placement, kv_LP2KBH: jax.Array, heads: int) -> Placement:
+    """The Placement with work lists for the Mosaic kernels, made once for all layers. `heads`: query heads here."""
+    kv_heads, head_dim = kv_LP2KBH.shape[3], kv_LP2KBH.shape[5]
+    decodes, chunks = placement.decodes, placement.chunks
+    cut: dict[str, Any] = dict(heads_per_kv=heads // kv_heads, kv_heads=kv_heads)
+    decode_work = mosaic.decode_work(decodes.positions, **cut, **_keys_of(decodes))
+    chunk_work = None
+    if placement.chunk_positions.shape[0]:
+        ragged = (chunks.cu_q_lens, placement.chunk_positions)
+        chunk_work = mosaic.prefill_work(*ragged, head_dim=head_dim, **cut, **_keys_of(chunks))
+    return replace(placement, decode_work=decode_work, chunk_work=chunk_work)
 
 
 def attend(kv_LP2KBH: jax.Array, layer: jax.Array, q_TNH, k_TKH, v_TKH, placement: Placement, shape: StepShape):
@@ -58,16 +92,17 @@ def attend(kv_LP2KBH: jax.Array, layer: jax.Array, q_TNH, k_TKH, v_TKH, placemen
     kv_LP2KBH = cache.write(kv_LP2KBH, layer, k_TKH, v_TKH, placement.page_T, placement.offset_T)
     decodes, chunks, R = placement.decodes, placement.chunks, shape.slots
 
-    def keys_of(rows: Rows) -> dict[str, Any]:
-        return dict(
-            slots_R=rows.slots, kv_lens_R=rows.kv_lens, key_start_R=rows.key_start, key_stride_R=rows.key_stride
-        )
-
     held = (kv_LP2KBH, layer, placement.page_table_SJ)
-    parts = [Partial(*paged_decode(q_TNH[:R], *held, q_positions_R=decodes.positions, **keys_of(decodes)))]
-    if shape.chunk_tokens:
+    if placement.decode_work is not None:
+        decode = mosaic.attend_work(q_TNH[:R], *held, placement.decode_work)
+    else:
+        decode = reference.paged_decode(q_TNH[:R], *held, q_positions_R=decodes.positions, **_keys_of(decodes))
+    parts = [Partial(*decode)]
+    if placement.chunk_work is not None:
+        parts.append(Partial(*mosaic.attend_work(q_TNH[R:], *held, placement.chunk_work)))
+    elif shape.chunk_tokens:
         ragged: dict[str, Any] = dict(cu_q_lens_R1=chunks.cu_q_lens, q_positions_T=placement.chunk_positions)
-        parts.append(Partial(*chunked_prefill(q_TNH[R:], *held, **ragged, **keys_of(chunks))))
+        parts.append(Partial(*reference.chunked_prefill(q_TNH[R:], *held, **ragged, **_keys_of(chunks))))
 
     counts = (shape.shared_slots, shape.shared_tokens)[: len(parts)]
     shared = [jax.tree.map(lambda x, n=n: x[:n], part) for part, n in zip(parts, counts, strict=True)]
@@ -75,3 +110,7 @@ def attend(kv_LP2KBH: jax.Array, layer: jax.Array, q_TNH, k_TKH, v_TKH, placemen
     split = jnp.split(merged, [shape.shared_slots])
     rows = [x for part, whole, n in zip(parts, split, counts, strict=False) for x in (whole, part.out_TNH[n:])]
     return kv_LP2KBH, jnp.concatenate(rows)
+
+
+def _keys_of(rows: Rows) -> dict[str, Any]:
+    return dict(slots_R=rows.slots, kv_lens_R=rows.kv_lens, key_start_R=rows.key_start, key_stride_R=rows.key_stride)

@@ -78,7 +78,14 @@ def areas(shape: StepShape) -> list[tuple[int, int]]:
 
 
 def tick(
-    params: Params, state: State, buffer: jax.Array, *, config: ModelConfig, shape: StepShape, rope_precision: str
+    params: Params,
+    state: State,
+    buffer: jax.Array,
+    *,
+    config: ModelConfig,
+    shape: StepShape,
+    rope_precision: str,
+    impl: str,
 ):
     """One tick on one device: (State, tokens [group, X] of the batch that left the last stage)."""
     inputs = unpack(shape, buffer[0, 0])
@@ -93,7 +100,10 @@ def tick(
     with jax.named_scope("embed"):
         x_TD = enter(params, state, inputs, shape)
     kv = state.cache.kv
-    placement = attention.place(inputs, page_table_SJ, chunk_positions, shape, pages=kv.shape[1])
+    placement = attention.place(inputs, page_table_SJ, chunk_positions, kv, shape)
+    if impl == "mosaic":
+        with jax.named_scope("work"):
+            placement = attention.share_out(placement, kv, config.heads // lax.axis_size("tp"))
     # One inner program for all layers: tracing and kernels are shared, and no weight is sliced from a stack.
     one_block = jax.jit(functools.partial(block, config=config, shape=shape))
     for index, layer in enumerate(params.layers):
@@ -117,13 +127,21 @@ def readout(params: Params, state: State, rows: jax.Array, groups: jax.Array, *,
     return all_logits(unembed(x_XD, params, config), config.vocab)
 
 
-def make_step(mesh: Mesh, config: ModelConfig, shape: StepShape, dtype: Any, rope_precision: str = "exact") -> Callable:
+def make_step(
+    mesh: Mesh,
+    config: ModelConfig,
+    shape: StepShape,
+    dtype: Any,
+    rope_precision: str = "exact",
+    impl: str = "reference",
+) -> Callable:
     """The jitted tick of one StepShape: (params, state, buffer) -> (state, tokens [kvp, X]), `state` donated.
 
+    `impl` is what `attention.choose_impl` found: "reference" or "mosaic".
     `buffer` is int32 [spp, kvp, words] as `inputs.views` fills it. Tokens are those of the batch
     leaving the pipe, -1 where a logit was not finite.
     """
-    body = functools.partial(tick, config=config, shape=shape, rope_precision=rope_precision)
+    body = functools.partial(tick, config=config, shape=shape, rope_precision=rope_precision, impl=impl)
     params, state = _partitions(mesh, config)
     return _compile_on(mesh, body, (params, state, partition(INPUTS)), (state, PartitionSpec()), dtype, donate=(1,))
 

@@ -1,0 +1,228 @@
+"""The work list against brute force over every query and key: covered once, cut evenly, for any context length."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import mosaic
+from pallas_kernels.work import SMS, Item, Merge, Tiling, Work, work_list
+
+B = 8  # tokens of a page, where brute force looks at every key
+
+
+class Cut(NamedTuple):
+    """What a program is compiled for."""
+
+    tokens: int
+    rows: int
+    heads_per_kv: int
+    kv_heads: int
+    tiling: Tiling
+
+    def longest(self, pages: int) -> int:
+        """The length of an item when the tiles see so many pages together, in Python's unbounded integers."""
+        aimed_at = max(1, self.tiling.waves * SMS // self.kv_heads)
+        return max(self.tiling.least_pages, -(-pages // aimed_at))
+
+
+# Every tile, head count, wave count and least length, with one query a tile (tokens <= rows) and with many.
+CUTS = [
+    Cut(tokens, rows, heads, kv_heads, Tiling(tile, 2, waves, least))
+    for tokens, rows, heads, kv_heads, tile, waves, least in [
+        (60, 5, 1, 1, 64, 1, 1),
+        (150, 6, 3, 2, 64, 1, 2),
+        (100, 4, 4, 8, 64, 2, 1),
+        (40, 6, 7, 8, 64, 1, 3),
+        (50, 5, 16, 8, 128, 1, 1),
+        (300, 3, 1, 2, 128, 3, 4),
+        (90, 7, 7, 8, 128, 4, 2),
+        (130, 6, 4, 1, 192, 16, 1),
+        (70, 1, 16, 8, 192, 2, 2),
+        (8, 8, 1, 8, 64, 1, 1),
+        (20, 24, 16, 2, 64, 8, 3),
+    ]
+]
+
+
+class Rows(NamedTuple):
+    """The arguments of a call with a row for each of `slots`."""
+
+    cu: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    kv_lens: np.ndarray
+    starts: np.ndarray
+    strides: np.ndarray
+
+
+@functools.cache
+def program(cut: Cut, page_tokens: int):
+    """rows -> Work, compiled once and for good: what it is called with later are data."""
+
+    def make(rows: Rows) -> Work:
+        _, _, heads_per_kv, kv_heads, tiling = cut
+        return work_list(
+            rows.cu,
+            rows.positions,
+            slots_R=rows.slots,
+            kv_lens_R=rows.kv_lens,
+            key_start_R=rows.starts,
+            key_stride_R=rows.strides,
+            page_tokens=page_tokens,
+            heads_per_kv=heads_per_kv,
+            kv_heads=kv_heads,
+            tiling=tiling,
+        )
+
+    def words(*shape):
+        return jax.ShapeDtypeStruct(shape, np.int32)
+
+    R = cut.rows
+    return jax.jit(make).lower(Rows(words(R + 1), words(cut.tokens), *[words(R)] * 4)).compile()
+
+
+def listed(cut: Cut, rows: Rows, page_tokens: int = B) -> Work:
+    return jax.tree.map(lambda x: np.asarray(x).astype(int), program(cut, page_tokens)(rows))
+
+
+@st.composite
+def calls(draw) -> tuple[Cut, Rows]:
+    """Ragged rows with affine keys near their queries, some empty, some far out, with padding behind the last."""
+    cut = draw(st.sampled_from(CUTS))
+    some = lambda most: np.array(draw(st.lists(st.integers(0, most), min_size=cut.rows, max_size=cut.rows)), np.int32)  # noqa: E731
+    cu = np.append(np.int32(0), np.sort(some(cut.tokens)))
+    strides, starts, kv_lens, firsts = some(3) + 1, some(6), some(40 * B), some(60 * B)
+    far = some(2) == 0
+    firsts += far * np.int32(2**24 + 3)  # where float32 no longer counts
+    starts += far * np.int32(2**24 // B)
+    kv_lens *= some(4) > 0
+    positions = some(99)[0] * np.ones(cut.tokens, np.int32)  # of padding: anything
+    for begin, end, first in zip(cu, cu[1:], firsts, strict=False):
+        positions[begin:end] = first + np.arange(end - begin)
+    return cut, Rows(cu, positions, np.arange(cut.rows, dtype=np.int32)[::-1], kv_lens, starts, strides)
+
+
+def pages_of(item: Item) -> range:
+    return range(item.begin_page, item.end_page)
+
+
+def visible(rows: Rows, row: int, tokens: np.ndarray) -> np.ndarray:
+    """[token, key]: which keys of a row these of its queries see, one by one."""
+    at = np.arange(rows.kv_lens[row])
+    key_positions = (int(rows.starts[row]) + int(rows.strides[row]) * (at // B)) * B + at % B
+    return key_positions <= rows.positions[tokens][:, None]
+
+
+def whole_pages(seen: np.ndarray) -> int:
+    """How many of the first pages are full and seen by every query."""
+    pages = seen[:, : seen.shape[1] // B * B].all(0).reshape(-1, B).all(1)
+    return int(np.cumprod(pages).sum())
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(calls())
+def test_work_list(call):
+    cut, rows = call
+    work = listed(cut, rows)
+    items = [Item(*words) for words in work.items_IW.tolist()]
+    tiles = {n: work.tokens_Nt[n][real] for n, real in enumerate(work.positions_Nt >= 0) if real.any()}
+    check_tiles(cut, rows, work, tiles)
+    pages = 0
+    for n, tokens in tiles.items():
+        row = int(np.searchsorted(rows.cu, tokens[0], side="right")) - 1
+        mine = sorted((x for x in items if x.tile == n and pages_of(x)), key=lambda x: x.partial)
+        pages += check_pages(rows, row, visible(rows, row, tokens), mine)
+        check_merges(work, n, tokens, mine)
+    assert (work.merges_TW[rows.cu[-1] :, Merge._fields.index("partials")] == 0).all()
+    check_items(cut, items, pages)
+
+
+def check_tiles(cut, rows, work, tiles):
+    """Every query is in one tile, with queries of its own row only, in their order."""
+    assert np.concatenate([*tiles.values(), []]).tolist() == list(range(rows.cu[-1]))
+    for n, tokens in tiles.items():
+        assert (work.positions_Nt[n][: len(tokens)] == rows.positions[tokens]).all()
+        assert len(tokens) * cut.heads_per_kv <= cut.tiling.rows
+        assert len({int(np.searchsorted(rows.cu, token, side="right")) for token in tokens}) == 1
+        assert cut.tokens > cut.rows or tokens.tolist() == [n]  # the kernel takes such queries as they lie
+
+
+def check_pages(rows, row, seen, mine) -> int:
+    """The items of a tile cover what its queries see, once and in order; `whole_pages` says where no mask is needed."""
+    want = np.unique(np.flatnonzero(seen.any(0)) // B).tolist()
+    assert [page for item in mine for page in pages_of(item)] == want
+    for item in mine:
+        words = item.slot, item.key_start, item.key_stride, item.kv_len
+        assert words == (rows.slots[row], rows.starts[row], rows.strides[row], rows.kv_lens[row])
+        assert max(item.whole_pages, 0) == whole_pages(seen)
+    return len(want)
+
+
+def check_merges(work, n, tokens, mine):
+    """A query finds its partials side by side, all of its tile's and no other, and itself in them."""
+    for token in tokens:
+        merge = Merge(*work.merges_TW[token].tolist())
+        found = range(merge.first_partial, merge.first_partial + merge.partials)
+        assert list(found)[: merge.partials] == [item.partial for item in mine]
+        assert work.tokens_Nt[n, merge.place] == token
+
+
+def check_items(cut, items, pages):
+    """No item is longer than the mean, the long ones come first and by the pages they read, the empty ones last."""
+    lengths = [len(pages_of(item)) for item in items]
+    longest = cut.longest(pages)
+    assert sum(lengths) == pages and max(lengths) <= longest
+    assert lengths == sorted(lengths, reverse=True)
+    begins = [item.begin_page for item, length in zip(items, lengths, strict=True) if length == longest]
+    assert begins == sorted(begins)
+    assert sorted(item.partial for item in items) == list(range(len(items)))
+
+
+CONTEXTS = [1, B - 1, 128, 129, 2**20 + 1, 10_000_000]
+
+
+def long_rows(cut: Cut, contexts, chunk: int) -> Rows:
+    """Rows that end at these contexts, the last `chunk` tokens of each being its queries."""
+    lens = np.minimum(contexts, chunk)
+    cu = np.append(0, np.cumsum(lens))
+    positions = np.zeros(cut.tokens)
+    positions[: cu[-1]] = np.concatenate([np.arange(end - n, end) for end, n in zip(contexts, lens, strict=True)])
+    R = cut.rows
+    rows = Rows(cu, positions, np.arange(R), np.array(contexts), np.zeros(R), np.ones(R))
+    return Rows(*(x.astype(np.int32) for x in rows))
+
+
+def check_long_rows(cut: Cut, rows: Rows):
+    """Coverage and lengths in unbounded integers, by tile: page numbers are far too many to list."""
+    work = listed(cut, rows, mosaic.PAGE_TOKENS)
+    items = [Item(*words) for words in work.items_IW.tolist()]
+    runs = {}
+    for item in sorted(items, key=lambda x: x.partial):
+        if pages_of(item):
+            assert item.begin_page == runs.get(item.tile, 0) and item.end_page > item.begin_page
+            runs[item.tile] = item.end_page
+    want = {n: int(last) // mosaic.PAGE_TOKENS + 1 for n, last in enumerate(work.positions_Nt.max(1)) if last >= 0}
+    assert runs == want
+    check_items(cut, items, sum(want.values()))
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("heads_per_kv", [1, 16])
+def test_one_program_for_every_context(heads_per_kv, context):
+    """8,192 queries a call, up to 80,000 pages each: 100 million pages over all tiles, and nothing overflows."""
+    cut = Cut(8192, 4, heads_per_kv, 8, mosaic.prefill_tiling(8192, heads_per_kv, 8, 128))
+    check_long_rows(cut, long_rows(cut, [1, 200, context, 77], 7000))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 8])
+def test_one_long_row_among_short_ones_is_shared_out(kv_heads):
+    """255 short requests and one of 10 million tokens: no SM works longer than the mean."""
+    cut = Cut(256, 256, 4, kv_heads, mosaic.DECODE)
+    contexts = np.random.default_rng(0).integers(1, 2000, 256)
+    contexts[100] = 10_000_000
+    check_long_rows(cut, long_rows(cut, contexts, 1))
