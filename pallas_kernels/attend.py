@@ -9,7 +9,7 @@ another. What comes out of an item is a partial in float32 with its log-sum-exp;
 from __future__ import annotations
 
 import functools
-from math import e, log2
+from math import e, gcd, log2
 from typing import Any
 
 import jax
@@ -44,12 +44,18 @@ def partials(
     B = kv_LP2KBH.shape[4]
     tiling = work.tiling
     items, groups = work.items_IW.shape[0], tiling.warpgroups
-    dtype = kv_LP2KBH.dtype
+    dtype, together = kv_LP2KBH.dtype, gcd(K, tiling.heads_together or K)
     positions_NM = jnp.repeat(work.positions_Nt, heads_per_kv, axis=1)
     positions_NM = jnp.pad(positions_NM, ((0, 0), (0, tiling.rows - positions_NM.shape[1])), constant_values=-1)
     kv_XBH = kv_LP2KBH.reshape(-1, B, H)
     body = functools.partial(
-        _attend_item, kv_shape=kv_LP2KBH.shape, rows_in=rows_in, tiling=tiling, dtype=dtype, interpret=interpret
+        _attend_item,
+        kv_shape=kv_LP2KBH.shape,
+        rows_in=rows_in,
+        tiling=tiling,
+        heads_together=together,
+        dtype=dtype,
+        interpret=interpret,
     )
     tiled = () if interpret else (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
     page = plgpu.SMEM((tiling.stages, B, H), dtype, transforms=tiled)
@@ -61,8 +67,8 @@ def partials(
             jax.ShapeDtypeStruct((items, K, tiling.rows, H), jnp.float32),
             jax.ShapeDtypeStruct((items, K, tiling.rows), jnp.float32),
         ),
-        grid=(K, items) if tiling.heads_outermost else (items, K),
-        grid_names=("head", "item") if tiling.heads_outermost else ("item", "head"),
+        grid=(K // together, items, together),
+        grid_names=("turn", "item", "head"),
         kernel_name="attend_items",
         num_threads=groups + 1,
         thread_name="warpgroup",
@@ -106,13 +112,14 @@ def _attend_item(
     kv_shape,
     rows_in: int,
     tiling: Tiling,
+    heads_together: int,
     dtype,
     interpret,
 ):
     _, P, _, K, B, H = kv_shape
     groups, stages = tiling.warpgroups, tiling.stages
-    warpgroup, head = lax.axis_index("warpgroup"), lax.axis_index("head")
-    index = lax.axis_index("item")
+    warpgroup, index = lax.axis_index("warpgroup"), lax.axis_index("item")
+    head = lax.axis_index("turn") * heads_together + lax.axis_index("head")
     item = Item(*(items_ref[index, w] for w in range(len(Item._fields))))
     pages = item.end_page - item.begin_page
 

@@ -27,7 +27,7 @@ def prefill_tiling(tokens: int, heads_per_kv: int, kv_heads: int, head_dim: int)
     tile = 192 if head_dim == 64 and rows >= 512 else 128
     if rows * kv_heads < 2 * SMS * tile:
         return Tiling(rows=tile, stages=2, waves=2, least_pages=4)
-    return Tiling(rows=tile, stages=2, waves=16, least_pages=16, heads_outermost=True)
+    return Tiling(rows=tile, stages=2, waves=32, least_pages=16, heads_together=1)
 
 
 def unsupported(head_dim: int, heads_per_kv: int, page_tokens: int, dtype: Any) -> str | None:

@@ -24,13 +24,14 @@ class Tiling:
     """How a kernel cuts its work. `rows` of queries (tokens x heads of one kv head) make a tile, 64 a warpgroup.
 
     `stages` pages of keys and values are in flight; `waves` items for each SM are aimed at, none below `least_pages`.
+    CTAs of `heads_together` kv heads (all if None) run side by side, item by item, before the next heads' turn.
     """
 
     rows: int
     stages: int
     waves: int
     least_pages: int
-    heads_outermost: bool = False  # one kv head after the other, else all heads of an item together
+    heads_together: int | None = None
 
     @property
     def warpgroups(self) -> int:
