@@ -15,8 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,58 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import command_line, kernel_record, results, rivals
+from experiments.kernel_inputs import (
+    BenchKernelsConfig,
+    batches,
+    decode_rows,
+    make_kv,
+    page_tables,
+    prefill_rows,
+)
 from experiments.kernel_record import CONVENTION, MAX_ERROR, OURS, Found, words
-from experiments.rivals import Shape, Timing, jax_clock, normal, time_calls
+from experiments.rivals import Shape, jax_clock, normal
 from pallas_kernels import reference
 
 MERGE_BYTES = 2 << 30
-
-
-@dataclass(frozen=True)
-class BenchKernelsConfig:
-    """`chunks` x `contexts` x `head_dims`, where the chunk fits; a chunk of 1 is a decode row.
-
-    `batch_rows` are two sizes of a batch of decode rows with contexts of 1 to 64 and 1 to 8 times `batch_unit`, drawn
-    log-uniformly; a third batch is the second with one row of the longest context. No rival is begun after `seconds`.
-    """
-
-    impl: str = "mosaic"
-    chunks: tuple[int, ...] = (1, 32, 128, 512, 2048, 8192)
-    contexts: tuple[int, ...] = (4_096, 65_536, 131_072, 1_048_576)
-    head_dims: tuple[int, ...] = (128, 64)
-    query_heads: int = 32
-    kv_heads: int = 8
-    page_tokens: int = 128
-    batch_rows: tuple[int, int] = (32, 256)
-    batch_unit: int = 1024
-    merge_tokens: tuple[int, ...] = (32, 512, 4096)
-    merge_partials: tuple[int, ...] = (2, 4, 8)
-    matmul_size: int = 8192
-    copy_bytes: int = 4 << 30
-    max_calls: int = 16
-    sample_ms: float = 10.0
-    seconds: float = 420.0
-    quick: bool = False
-    redraw: str | None = None
-    plot: str | None = None
-    out: str | None = None
-    check: bool = False
-
-    def __post_init__(self):
-        if self.impl not in ("mosaic", "reference"):
-            raise ValueError(f"impl: got {self.impl}, must be mosaic or reference")
-        if self.redraw and not self.plot:
-            raise ValueError("redraw needs --plot FILE.png")
-
-    def shape(self, chunk: int, context: int, head_dim: int) -> Shape:
-        return Shape(chunk, context, head_dim, self.query_heads, self.kv_heads)
-
-    def calls(self, chunk: int) -> int:
-        """How many calls of ours a launch holds: the same for all contexts, which share a program."""
-        return max(1, min(self.max_calls, 8192 // chunk))
-
-    def time(self, clock: rivals.Clock, calls: int) -> Timing:
-        return time_calls(clock, calls, self.sample_ms / 1e3)
 
 
 # Ours.
@@ -90,10 +50,11 @@ def kernels_of(config: BenchKernelsConfig) -> Any:
 
 
 def programs(config: BenchKernelsConfig, head_dim: int, decode: bool) -> tuple[Any, Any]:
-    """(rows -> their work list, (qs, kv, tables, rows, work) -> results of one call for each q), jitted.
+    """(rows -> their work list, (results, qs, kv, tables, rows, work) -> results of one call for each q), jitted.
 
     Queries of every call differ, so that none is dropped for another's result. Lengths are data: one program for all.
-    The reference takes no work list.
+    The reference takes no work list. Results are donated to the next launch: as in an engine, whose state stays where
+    it is, no address changes, which would cost the host a new CUDA graph.
     """
     heads = dict(heads_per_kv=config.query_heads // config.kv_heads, kv_heads=config.kv_heads)
     kernels = kernels_of(config)
@@ -105,7 +66,7 @@ def programs(config: BenchKernelsConfig, head_dim: int, decode: bool) -> tuple[A
             return kernels.decode_work(**rows, **heads)
         return kernels.prefill_work(**rows, **heads, head_dim=head_dim)
 
-    def calls(qs, kv, tables, rows, work):
+    def calls(results, qs, kv, tables, rows, work):
         @jax.jit  # lowered once for all calls
         def call(q, kv, table, rows, work):
             if work is not None:
@@ -114,68 +75,7 @@ def programs(config: BenchKernelsConfig, head_dim: int, decode: bool) -> tuple[A
 
         return [call(q, kv, table, rows, work) for q, table in zip(qs, tables, strict=True)]
 
-    return jax.jit(make), jax.jit(calls)
-
-
-def prefill_rows(chunk: int, context: int) -> dict[str, jax.Array]:
-    """One row whose queries are the last of its context."""
-    positions = np.arange(context - chunk, context)
-    rows = dict(slots_R=[0], cu_q_lens_R1=[0, chunk], q_positions_T=positions, kv_lens_R=[context])
-    return _on_device(**rows, key_start_R=[0], key_stride_R=[1])
-
-
-def decode_rows(contexts: Sequence[int]) -> dict[str, jax.Array]:
-    """A row for each context, whose query is the last of it."""
-    kv_lens, ones = np.array(contexts), np.ones(len(contexts))
-    rows = dict(slots_R=np.arange(len(contexts)), q_positions_R=kv_lens - 1, kv_lens_R=kv_lens)
-    return _on_device(**rows, key_start_R=0 * ones, key_stride_R=ones)
-
-
-def _on_device(**rows: Any) -> dict[str, jax.Array]:
-    return {name: jnp.asarray(values, jnp.int32) for name, values in rows.items()}
-
-
-def batches(config: BenchKernelsConfig) -> dict[str, list[int]]:
-    """Contexts of ragged batches of decode rows, by name."""
-    rng, (few, many) = np.random.default_rng(0), config.batch_rows
-
-    def draw(rows: int, most: int) -> list[int]:
-        return (config.batch_unit * np.exp(rng.uniform(0, np.log(most), rows))).astype(int).tolist()
-
-    spread, short, longest = draw(few, 64), draw(many, 8), max(config.contexts)
-    return {
-        f"{few} rows of 1 to 64 x {config.batch_unit}": spread,
-        f"{many} rows of 1 to 8 x {config.batch_unit}": short,
-        f"{many - 1} rows of 1 to 8 x {config.batch_unit} and one of {longest}": [*short[1:], longest],
-    }
-
-
-def pool_pages(config: BenchKernelsConfig) -> int:
-    """Pages that hold any one row or batch of this run."""
-    together = [[max(config.contexts)], *batches(config).values()]
-    return max(sum(-(-context // config.page_tokens) for context in contexts) for contexts in together)
-
-
-def page_tables(config: BenchKernelsConfig, contexts: Sequence[int], count: int) -> list[jax.Array]:
-    """As many tables of rows with these contexts, each table on other pages of the pool as far as there are others:
-    a short context is then read from memory in every call, not from the cache. All are as wide as the longest one."""
-    row_pages = [-(-context // config.page_tokens) for context in (*contexts, *config.contexts)]
-    pool, ends, width, tables = pool_pages(config), np.cumsum(row_pages[: len(contexts)]), max(row_pages), []
-    order = np.random.default_rng(1).permutation(pool)
-    for i in range(count):
-        turned, table = np.roll(order, -(i * pool // count)), np.zeros((len(contexts), width), np.int32)
-        for row, end in enumerate(ends):
-            table[row, : row_pages[row]] = turned[end - row_pages[row] : end]
-        tables.append(jnp.asarray(table))
-    return tables
-
-
-def make_kv(config: BenchKernelsConfig, head_dim: int) -> jax.Array:
-    """The stacked cache of one layer, random; made page by page, for its numbers are too many to be drawn at once."""
-    pages, page = pool_pages(config), (2, config.kv_heads, config.page_tokens, head_dim)
-    seeds = jnp.arange(config.max_calls, config.max_calls + pages)  # the first are those of the queries
-    draw = lambda seeds: jax.lax.map(lambda seed: normal(seed, page), seeds, batch_size=min(64, pages))  # noqa: E731
-    return jax.jit(lambda seeds: draw(seeds)[None])(seeds)
+    return jax.jit(make), jax.jit(calls, donate_argnums=0, keep_unused=True)
 
 
 def relative_error(out_TNH, q_TNH, kv, table, rows) -> float:
@@ -199,23 +99,35 @@ def _attend_alone(kv, q_RNH, table, positions_R, kv_lens_R):
     return reference.paged_decode(q_RNH, kv, 0, table, q_positions_R=positions_R, kv_lens_R=kv_lens_R, **ends)[0]
 
 
-def bench_ours(config: BenchKernelsConfig, found: Found, head_dim: int) -> None:
-    """The grid and the ragged batches of one head dim."""
-    kv = make_kv(config, head_dim)
-    for chunk in config.chunks:
-        decode = chunk == 1
-        run = programs(config, head_dim, decode)
+def bench_grid(config: BenchKernelsConfig, found: Found, save: Callable[[], Any]) -> None:
+    """Every shape of the grid by ours and by each rival, one after the other, so that all meet the same device.
+
+    The longest contexts come first: no rival is begun after `seconds`.
+    """
+    end_s = time.monotonic() + config.seconds
+    absent = {name: reason for name in rivals.RIVALS if (reason := rivals.why_absent(name))}
+    for name, reason in absent.items():
+        found.leave_out(name, reason)
+    kvs = {head_dim: make_kv(config, head_dim) for head_dim in config.head_dims}
+    program = functools.cache(functools.partial(programs, config))
+    for context, head_dim, chunk in itertools.product(
+        sorted(config.contexts, reverse=True), config.head_dims, config.chunks
+    ):
+        if chunk > context:
+            continue
+        shape, decode = config.shape(chunk, context, head_dim), chunk == 1
         tables = page_tables(config, [max(config.contexts)], config.calls(chunk))
-        for context in (context for context in config.contexts if context >= chunk):
-            shape = config.shape(chunk, context, head_dim)
-            rows = decode_rows([context]) if decode else prefill_rows(chunk, context)
-            measure_ours(config, found, run, (kv, tables, rows), shape, shape.where)
-    run = programs(config, head_dim, decode=True)
-    for name, contexts in batches(config).items():
+        rows = decode_rows([context]) if decode else prefill_rows(chunk, context)
+        measure_ours(config, found, program(head_dim, decode), (kvs[head_dim], tables, rows), shape, shape.where)
+        for name in (name for name in rivals.RIVALS if name not in absent):
+            measure_rival(config, found, name, shape, end_s)
+        save()  # a run that is cut short keeps what it has found
+    for head_dim, (name, contexts) in itertools.product(config.head_dims, batches(config).items()):
         tables = page_tables(config, contexts, 1) * min(4, config.max_calls)  # too much to be cached from call to call
         shape = config.shape(1, sum(contexts), head_dim)
         where = dict(shape=name, head_dim=head_dim, keys=shape.context)
-        measure_ours(config, found, run, (kv, tables, decode_rows(contexts)), shape, where)
+        inputs = kvs[head_dim], tables, decode_rows(contexts)
+        measure_ours(config, found, program(head_dim, True), inputs, shape, where)
 
 
 def measure_ours(config: BenchKernelsConfig, found: Found, run, inputs, shape: Shape, where: dict[str, Any]) -> None:
@@ -225,14 +137,34 @@ def measure_ours(config: BenchKernelsConfig, found: Found, run, inputs, shape: S
     with found.guarded(OURS, **where):
         work = make(rows)
         qs = [normal(i, (shape.chunk * batch, shape.query_heads, shape.head_dim)) for i in range(len(tables))]
-        error = relative_error(calls(qs, kv, tables, rows, work)[-1][0], qs[-1], kv, tables[-1], rows)
-        timing = config.time(jax_clock(lambda: calls(qs, kv, tables, rows, work)), len(tables))
+        given = (qs, kv, tables, rows, work)
+        results = [(jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:2], jnp.float32)) for q in qs]
+
+        def launch():
+            nonlocal results
+            results = calls(results, *given)
+            return results
+
+        error = relative_error(launch()[-1][0], qs[-1], kv, tables[-1], rows)
+        timing = config.time(jax_clock(launch), len(tables))
         if work is not None:
             work_timing = config.time(jax_clock(lambda: make(rows)), 1)
     found.measured(OURS, timing, shape, shape.flops, batch, **where)
     found.add("relative error", error, "1", must=MAX_ERROR, by=OURS, **where)
     if work_timing is not None:
         found.add("work list", 1e6 * work_timing.median_s, "us", by=OURS, **where, spread_us=work_timing.spread_s * 1e6)
+
+
+def measure_rival(config: BenchKernelsConfig, found: Found, name: str, shape: Shape, end_s: float) -> None:
+    """The rows of one shape by a rival, unless the time is up."""
+    if time.monotonic() > end_s:
+        found.leave_out(name, "no time left", **shape.where)
+        return
+    calls = min(config.calls(shape.chunk), shape.calls)
+    with found.guarded(name, **shape.where):
+        timing = config.time(rivals.RIVALS[name](shape, calls), calls)
+        found.measured(name, timing, shape, shape.full_flops, **shape.where)
+    rivals.free()
 
 
 # The device, the merge, the others.
@@ -277,31 +209,10 @@ def bench_merge(config: BenchKernelsConfig, found: Found, copy_tb_per_s: float) 
         found.add("merge / copy", share, "1", **where, **limit)
 
 
-def bench_rivals(config: BenchKernelsConfig, found: Found, end_s: float) -> None:
-    """The grid by every rival that there is, the longest contexts first, until the time is up."""
-    absent = {name: reason for name in rivals.RIVALS if (reason := rivals.why_absent(name))}
-    for name, reason in absent.items():
-        found.leave_out(name, reason)
-    present = [name for name in rivals.RIVALS if name not in absent]
-    longest_first = sorted(config.contexts, reverse=True)
-    for head_dim, context, chunk in itertools.product(config.head_dims, longest_first, config.chunks):
-        shape = config.shape(chunk, context, head_dim)
-        calls = min(config.calls(chunk), shape.calls)
-        for name in present if chunk <= context else ():
-            if time.monotonic() > end_s:
-                found.leave_out(name, "no time left", **shape.where)
-                continue
-            with found.guarded(name, **shape.where):
-                timing = config.time(rivals.RIVALS[name](shape, calls), calls)
-                found.measured(name, timing, shape, shape.full_flops, **shape.where)
-            rivals.free()
-
-
 def main(args: list[str] | None = None) -> int:
     config = command_line.read(BenchKernelsConfig, args)
     if config.redraw:
         return 0 if kernel_record.save_png(json.loads(Path(config.redraw).read_text()), config.plot) else 1
-    end_s = time.monotonic() + config.seconds
     if config.quick:
         config = dataclasses.replace(config, contexts=(max(config.contexts),), head_dims=config.head_dims[:1])
     bounded = config.impl == "mosaic" and (config.query_heads, config.kv_heads) == (32, 8)
@@ -314,14 +225,10 @@ def main(args: list[str] | None = None) -> int:
             results.write(config.out, made)
         return made
 
-    for head_dim in config.head_dims:
-        bench_ours(config, found, head_dim)
-        rivals.free()
-        save()  # a run that is cut short keeps what it has found
+    bench_grid(config, found, save)
     if not config.quick:
         bench_merge(config, found, ceilings["copy_tb_per_s"])
-        save()
-    bench_rivals(config, found, end_s)
+    ceilings |= {f"{name}_at_the_end": value for name, value in measure_ceilings(config).items()}
     made = save()
     if config.plot and not kernel_record.save_png(made, config.plot):
         print(f"{config.plot} was not written: there is no matplotlib here", file=sys.stderr)

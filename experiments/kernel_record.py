@@ -18,7 +18,8 @@ CONVENTION = (
     "ours, all pairs for the others, which mask nothing. A read rate counts the keys and values of the context once. "
     "Ours reads pages in random order, the others contiguous keys: an advantage of theirs. The copy counts bytes read "
     "and written. A work list is timed in launches of its own, dispatch by the host included, a kernel in launches of "
-    "several calls, given the list. A value is the median over samples, its spread from their 10th to 90th percentile."
+    "several calls, given the list. The device rests 0.3 s before each shape. A value is the median over samples, its "
+    "spread from their 10th to 90th percentile."
 )
 MAX_ERROR = "<= 0.01"  # relative, of bfloat16 products
 SHOWN_VERSIONS = ("jax", "torch", "cudnn", "driver")

@@ -28,7 +28,7 @@ import numpy as np
 
 LAUNCH_S, TENSOR_FLOPS, READ_BYTES_PER_S = 2e-3, 800e12, 3e12  # what a launch should last; about an H100's rates
 COLD_BYTES = 256 << 20  # keys of several caches: with so many between two uses, the second finds none of them cached
-LEAST_SAMPLES, MOST_SAMPLES, SAMPLING_S = 5, 9, 1.0
+LEAST_SAMPLES, MOST_SAMPLES, SAMPLING_S, REST_S = 5, 9, 0.5, 0.3
 PACKAGES = {
     "torch": ("torch",),
     "triton": ("triton",),
@@ -90,11 +90,15 @@ class Timing:
 
 
 def time_calls(clock: Clock, calls: int, sample_s: float) -> Timing:
-    """Of a launch that holds so many calls. A sample is as many launches as last `sample_s`, one at least."""
+    """Of a launch that holds so many calls. A sample is as many launches as last `sample_s`, one at least.
+
+    The device rests before: a card at its power limit slows down, and none should pay for the work of another.
+    """
     clock(1)  # compiles
     launch_s = clock(1)
     launches = max(1, round(sample_s / launch_s))
     samples = max(LEAST_SAMPLES, min(MOST_SAMPLES, int(SAMPLING_S / (launches * launch_s))))
+    time.sleep(REST_S)
     if launches > 1:
         clock(launches)  # the device's own clocks rise under load
     took_s = np.array([clock(launches) for _ in range(samples)]) / (launches * calls)
@@ -183,7 +187,6 @@ def _copies(shape: Shape, calls: int) -> int:
 
 RIVALS: Mapping[str, Callable[[Shape, int], Clock]] = {
     "torch cuDNN": functools.partial(torch_sdpa, backend="CUDNN_ATTENTION", folded=False),
-    "torch cuDNN folded": functools.partial(torch_sdpa, backend="CUDNN_ATTENTION", folded=True),
     "torch flash": functools.partial(torch_sdpa, backend="FLASH_ATTENTION", folded=False),
     "torch flash folded": functools.partial(torch_sdpa, backend="FLASH_ATTENTION", folded=True),
     "JAX cuDNN": jax_cudnn,

@@ -116,6 +116,6 @@ def attend_work(
     q_NtKGH = q_TKGH[:, None] if t == 1 else q_TKGH[work.tokens_Nt]
     q_NKMH = q_NtKGH.swapaxes(1, 2).reshape(tiles, K, t * G, H)
     q_NKMH = jnp.pad(q_NKMH, ((0, 0), (0, 0), (0, -(t * G) % 8), (0, 0)))
-    parts = attend.partials(q_NKMH, kv_LP2KBH, layer, page_table_SJ, work, heads_per_kv=G, interpret=interpret)
+    parts = attend.partials(q_NKMH, kv_LP2KBH, layer, page_table_SJ, work, interpret=interpret)
     at_once = max(1, (32 if t == 1 else 8) // max(4, G))
     return merge.merge_items(*parts, work.merges_TW, heads_per_kv=G, at_once=at_once, interpret=interpret)

@@ -5,7 +5,7 @@ can hold. One long row, a thousand short ones, or both: no item is longer than t
 works much longer than another. All of it is a few sorts and sums over rows + items on the device, made once a tick
 and shared by all layers; bounds are data, so one compiled program serves every context length.
 
-Shapes: N tiles, t queries in a tile, I items, W int32 words of an item, and those of `reference`.
+Shapes: N tiles, t queries and M rows in a tile, I items, W int32 words of an item, and those of `reference`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Work:
 
     items_IW: jax.Array
     tokens_Nt: jax.Array
-    positions_Nt: jax.Array  # -1 where a tile has no such query
+    positions_NM: jax.Array  # of each row of a tile, -1 where there is no query
     merges_TW: jax.Array
     tiling: Tiling = dataclasses.field(metadata=dict(static=True))
 
@@ -138,7 +138,10 @@ def work_list(
     tile_T = (tiles_seen_R - tiles_R)[row_T] + place_T // t
     partials_T = jnp.where(jnp.arange(T) < cu_q_lens_R1[-1], partials_N[tile_T], 0)
     merges_TW = jnp.stack(Merge(first_partial_N[tile_T], partials_T, place_T % t), axis=1)
-    return Work(items_IW, tokens_Nt, positions_Nt, merges_TW, tiling)
+    positions_NM = jnp.repeat(positions_Nt, heads_per_kv, axis=1)
+    rows_beyond = tiling.rows - t * heads_per_kv
+    positions_NM = jnp.pad(positions_NM, ((0, 0), (0, rows_beyond)), constant_values=-1)
+    return Work(items_IW, tokens_Nt, positions_NM, merges_TW, tiling)
 
 
 def _owner(seen_X: jax.Array, count: int) -> jax.Array:

@@ -3,12 +3,13 @@
 import json
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench_kernels, command_line, kernel_record, results, rivals
-from experiments.bench_kernels import BenchKernelsConfig
+from experiments import bench_kernels, command_line, kernel_inputs, kernel_record, results, rivals
+from experiments.kernel_inputs import BenchKernelsConfig
 from experiments.rivals import Shape
 from pallas_kernels import reference
 
@@ -18,7 +19,7 @@ TINY = [
     *("--merge_tokens", "[4]", "--merge_partials", "[2]", "--matmul_size", "64", "--copy_bytes", "65536"),
     *("--max_calls", "2", "--sample_ms", "0.1"),
 ]
-GRID = [(1, 8), (1, 64), (1, 32), (16, 64), (16, 32)]  # a chunk of 16 has no place in a context of 8
+GRID = [(1, 64), (16, 64), (1, 32), (16, 32), (1, 8)]  # a chunk of 16 has no place in a context of 8
 
 
 def of_name(record, name, by="ours"):
@@ -38,6 +39,7 @@ def run(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rivals, "REST_S", 0)
         patch.setattr(rivals, "RIVALS", {"steady": steady, "elsewhere": steady})
         patch.setattr(rivals, "why_absent", lambda name: "is not here" if name == "elsewhere" else None)
         args = [*TINY, "--out", str(folder / "a.json"), "--plot", str(folder / "a.png"), "--check"]
@@ -47,7 +49,8 @@ def run(tmp_path_factory):
 
 def test_record_holds_the_ceilings_and_every_row(run):
     code, record, _ = run
-    assert code == 0 and set(record["ceilings"]) == {"matmul_tflops", "copy_tb_per_s"}
+    names = ("matmul_tflops", "copy_tb_per_s")
+    assert code == 0 and set(record["ceilings"]) == {*names, *(f"{name}_at_the_end" for name in names)}
     assert all(value > 0 for value in record["ceilings"].values())
     assert "visible (query, key) pair" in record["convention"] and record["versions"]["jax"]
     for name, unit in (("attention time", "ms"), ("attention rate", "TFLOP/s"), ("attention read", "TB/s")):
@@ -83,10 +86,9 @@ def test_what_a_rival_reached_and_what_it_did_not(run):
 
 def test_no_rival_is_begun_when_time_is_up(monkeypatch):
     config, found = command_line.read(BenchKernelsConfig, TINY), kernel_record.Found(None)
-    monkeypatch.setattr(rivals, "why_absent", lambda name: None)
-    bench_kernels.bench_rivals(config, found, end_s=0.0)
-    assert not found.rows and len(found.absent) == len(rivals.RIVALS) * len(GRID)
-    assert {left["reason"] for left in found.absent} == {"no time left"}
+    shape = config.shape(16, 64, 16)
+    bench_kernels.measure_rival(config, found, "torch flash", shape, end_s=0.0)
+    assert not found.rows and found.absent == [{"by": "torch flash", **shape.where, "reason": "no time left"}]
 
 
 def test_a_kernel_that_fails_or_errs_misses_its_musts(monkeypatch, capsys):
@@ -97,8 +99,9 @@ def test_a_kernel_that_fails_or_errs_misses_its_musts(monkeypatch, capsys):
         return 1.02 * out, lse
 
     monkeypatch.setattr(bench_kernels, "kernels_of", lambda config: SimpleNamespace(chunked_prefill=errs))
+    monkeypatch.setattr(rivals, "RIVALS", {})
     found = kernel_record.Found("NVIDIA H100")
-    bench_kernels.bench_ours(config, found, 16)
+    bench_kernels.bench_grid(config, found, lambda: None)
     error, *failed = [r for r in found.rows if r["name"] == "relative error"]
     assert error["value"] == pytest.approx(0.02, rel=1e-2) and len(failed) == 3  # there is no paged_decode
     assert [left["by"] for left in found.absent] == ["ours"] * 3 and not any("value" in r for r in failed)
@@ -109,9 +112,9 @@ def test_a_kernel_that_fails_or_errs_misses_its_musts(monkeypatch, capsys):
 def test_error_sees_any_output_that_is_not_finite(poison):
     config = command_line.read(BenchKernelsConfig, TINY)
     kv, rows, (table,) = (
-        bench_kernels.make_kv(config, 16),
-        bench_kernels.prefill_rows(16, 32),
-        bench_kernels.page_tables(config, [64], 1),
+        kernel_inputs.make_kv(config, 16),
+        kernel_inputs.prefill_rows(16, 32),
+        kernel_inputs.page_tables(config, [64], 1),
     )
     q = rivals.normal(0, (16, 4, 16))
     out, _ = reference.chunked_prefill(q, kv, 0, table, **rows)
@@ -122,20 +125,24 @@ def test_error_sees_any_output_that_is_not_finite(poison):
 def test_one_program_serves_all_contexts_of_a_chunk():
     config = command_line.read(BenchKernelsConfig, TINY)
     _, calls = bench_kernels.programs(config, 16, decode=False)
-    kv, tables = bench_kernels.make_kv(config, 16), bench_kernels.page_tables(config, [64], 2)
+    kv, tables = kernel_inputs.make_kv(config, 16), kernel_inputs.page_tables(config, [64], 2)
     qs = [rivals.normal(i, (16, 4, 16)) for i in range(2)]
-    outs = [calls(qs, kv, tables, bench_kernels.prefill_rows(16, context), None) for context in (32, 64)]
+    results = [(jnp.zeros(q.shape), jnp.zeros(q.shape[:2])) for q in qs]
+    outs = []
+    for context in (32, 64):
+        results = calls(results, qs, kv, tables, kernel_inputs.prefill_rows(16, context), None)
+        outs.append(jax.tree.map(np.array, results))
     assert calls._cache_size() == 1
-    assert not jnp.array_equal(outs[0][0][0], outs[0][1][0])  # neither call was dropped for the other
+    assert not np.array_equal(outs[0][0][0], outs[0][1][0])  # neither call was dropped for the other
 
 
 def test_calls_of_a_launch_read_different_pages():
     config = command_line.read(BenchKernelsConfig, [*TINY, "--max_calls", "4", "--batch_rows", "[8, 2]"])
-    pool = bench_kernels.pool_pages(config)
-    tables = np.array(bench_kernels.page_tables(config, [64], 4))
+    pool = kernel_inputs.pool_pages(config)
+    tables = np.array(kernel_inputs.page_tables(config, [64], 4))
     assert tables.shape == (4, 1, 8) and len(set(tables.ravel().tolist())) == 32 <= pool
     contexts = [9, 1, 64]
-    (table,) = bench_kernels.page_tables(config, contexts, 1)
+    (table,) = kernel_inputs.page_tables(config, contexts, 1)
     used = [page for row, context in zip(table.tolist(), contexts, strict=True) for page in row[: -(-context // 8)]]
     assert table.shape == (3, 8) and len(set(used)) == len(used) == 2 + 1 + 8 and max(used) < pool
 
@@ -143,7 +150,7 @@ def test_calls_of_a_launch_read_different_pages():
 @pytest.mark.parametrize("chunk, context", [(1, 1), (1, 9), (3, 3), (4, 11)])
 def test_operations_and_bytes_against_brute_force(chunk, context):
     shape = Shape(chunk, context, head_dim=16, query_heads=6, kv_heads=2)
-    rows = bench_kernels.prefill_rows(chunk, context)
+    rows = kernel_inputs.prefill_rows(chunk, context)
     sees = np.arange(context) <= np.asarray(rows["q_positions_T"])[:, None]
     q, kv = np.zeros((chunk, 6, 16)), np.zeros((2, context, 2, 16), jnp.bfloat16)
     operations = sum(
@@ -153,7 +160,8 @@ def test_operations_and_bytes_against_brute_force(chunk, context):
     assert shape.full_flops == operations * sees.size / sees.sum()
 
 
-def test_samples_of_a_clock():
+def test_samples_of_a_clock(monkeypatch):
+    monkeypatch.setattr(rivals, "REST_S", 0)
     asked = []
 
     def clock(launches):

@@ -176,20 +176,21 @@ def test_chunked_prefill(shape):
     check(got, case)
 
 
-def test_paged_decode():
-    """Rows over five pages; without keys; over one page; over every third page; with all keys behind the query."""
+@pytest.mark.parametrize("f", [decode, prefill])
+def test_one_query_a_row(f):
+    """Rows over five pages; without keys; over one; over every third, up to the middle of the second; over none."""
     case = make_case(
         "bfloat16",
         16,
         1,
         128,
         lens=[1] * 5,
-        firsts=[598, 9, 0, 700, 10],
-        stored=[599, 0, 128, 129, 100],
+        firsts=[598, 9, 0, 530, 10],
+        stored=[599, 0, 128, 200, 100],
         starts=[0, 0, 0, 1, 9],
         strides=[1, 1, 1, 3, 1],
     )
-    check(call(decode, case), case)
+    check(call(f, case), case)
 
 
 @pytest.mark.parametrize("side", ["key", "value"])

@@ -126,7 +126,9 @@ def test_work_list(cut, seed):
     rows = ragged(cut, seed)
     work = listed(cut, rows)
     items = [Item(*words) for words in work.items_IW.tolist()]
-    tiles = {n: work.tokens_Nt[n][real] for n, real in enumerate(work.positions_Nt >= 0) if real.any()}
+    rows_used = work.tokens_Nt.shape[1] * cut.heads_per_kv
+    real_Nt = work.positions_NM[:, : rows_used : cut.heads_per_kv] >= 0
+    tiles = {n: work.tokens_Nt[n][real] for n, real in enumerate(real_Nt) if real.any()}
     check_tiles(cut, rows, work, tiles)
     pages = []
     for n, tokens in tiles.items():
@@ -138,14 +140,20 @@ def test_work_list(cut, seed):
     check_items(cut, items, pages)
 
 
+def positions(cut, work):
+    """The position of each query of each tile, -1 where there is none."""
+    return work.positions_NM[:, :: cut.heads_per_kv][:, : work.tokens_Nt.shape[1]]
+
+
 def check_tiles(cut, rows, work, tiles):
-    """Every query is in one tile, with queries of its own row only, in their order."""
+    """Every query is in one tile, with queries of its own row only, in their order; its heads side by side."""
     assert np.concatenate([*tiles.values(), []]).tolist() == list(range(rows.cu[-1]))
+    positions_NM = np.full((len(work.tokens_Nt), cut.tiling.rows), -1)
     for n, tokens in tiles.items():
-        assert (work.positions_Nt[n][: len(tokens)] == rows.positions[tokens]).all()
-        assert len(tokens) * cut.heads_per_kv <= cut.tiling.rows
+        positions_NM[n, : len(tokens) * cut.heads_per_kv] = np.repeat(rows.positions[tokens], cut.heads_per_kv)
         assert len({int(np.searchsorted(rows.cu, token, side="right")) for token in tokens}) == 1
         assert cut.tokens > cut.rows or tokens.tolist() == [n]  # the kernel takes such queries as they lie
+    np.testing.assert_array_equal(work.positions_NM, positions_NM)
 
 
 def check_pages(rows, row, seen, mine) -> int:
@@ -203,7 +211,7 @@ def check_long_rows(cut: Cut, rows: Rows):
         if pages_of(item):
             assert item.begin_page == runs.get(item.tile, 0)
             runs[item.tile] = item.end_page
-    want = {n: int(last) // mosaic.PAGE_TOKENS + 1 for n, last in enumerate(work.positions_Nt.max(1)) if last >= 0}
+    want = {n: int(last) // mosaic.PAGE_TOKENS + 1 for n, last in enumerate(work.positions_NM.max(1)) if last >= 0}
     assert runs == want
     check_items(cut, items, want.values())
 
