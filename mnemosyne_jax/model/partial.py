@@ -10,7 +10,7 @@ from jax import lax
 from pallas_kernels.reference import MASKED, merge_partials
 
 # From this size of a group's packed partial on, and with more than two groups, the merge goes around the ring.
-# Where the ring starts to win is for experiments to measure; until they have, this is a guess.
+# A guess until `experiments.bench_kvp_merge` has been run on more than two GPUs.
 RING_FROM_BYTES = 8 << 20
 
 
@@ -85,7 +85,10 @@ def ring_merge(part: Partial) -> Partial:
 
 
 def _merge_stacked(stacked: Partial) -> Partial:
-    """The merge of partials stacked along a leading axis: the one place where partials are summed."""
+    """The merge of partials stacked along a leading axis: the one place where partials are summed.
+
+    XLA fuses it with the packing around it into one pass, at the rate of `pallas_kernels.merge.merge_partials`.
+    """
     return Partial(*merge_partials(stacked.out_TNH, stacked.lse_TN))
 
 
