@@ -13,6 +13,7 @@ COUNTS = (
     "page_tokens", "private_rows", "shared_rows", "private_chunks", "shared_chunks", "chunk_tokens", "span_tokens",
     "max_waiting", "ahead",
 )  # fmt: skip
+MAY_BE_ZERO = ("link_latency_s", "chunk_rows", "layer_overhead_s", "tick_overhead_s")
 
 
 @dataclass(frozen=True)
@@ -195,12 +196,35 @@ class ServeConfig:
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """Public peak figures of one device; fitted coefficients join them with calibration."""
+    """One kind of device: its public peak figures, and what share of each a tick reaches.
+
+    `link_bytes_per_s` is what one device sends to another of its node. The shares and overheads are the coefficients of
+    the cost model: guesses of the field's usual figures until `calibrate` has fitted them (`fitted`). `chunk_rows` is
+    how many query rows of one kv head a chunk needs for half of `attention_share`.
+    """
 
     name: str = "cpu"
     memory_bytes: int = 8 * 2**30
     hbm_bytes_per_s: float = 2e10
     matmul_flops_per_s: float = 1e11
+    link_bytes_per_s: float = 1e10
+    link_latency_s: float = 1e-5
+    matmul_share: float = 0.75
+    weight_read_share: float = 0.85
+    attention_share: float = 0.65
+    kv_read_share: float = 0.85
+    link_share: float = 0.75
+    chunk_rows: float = 16.0
+    layer_overhead_s: float = 1e-5
+    tick_overhead_s: float = 2e-4
+    fitted: bool = False
+
+    def __post_init__(self):
+        for name, kind in get_type_hints(type(self)).items():
+            if kind in (int, float) and not getattr(self, name) >= (0 if name in MAY_BE_ZERO else 1e-12):
+                raise RequestError(f"hardware.{name}", getattr(self, name), "must be positive")
+            if name.endswith("_share") and getattr(self, name) > 1:
+                raise RequestError(f"hardware.{name}", getattr(self, name), "is a share: at most 1")
 
 
 def from_yaml[Config](kind: type[Config], path: str | Path) -> Config:
