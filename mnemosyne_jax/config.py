@@ -11,7 +11,7 @@ from mnemosyne_jax.errors import RequestError
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 COUNTS = (
     "page_tokens", "private_rows", "shared_rows", "private_chunks", "shared_chunks", "chunk_tokens", "span_tokens",
-    "max_waiting", "ahead",
+    "max_waiting", "ahead", "least_chunk_every",
 )  # fmt: skip
 MAY_BE_ZERO = ("link_latency_s", "chunk_rows", "layer_overhead_s", "tick_overhead_s")
 
@@ -132,8 +132,13 @@ class ServeConfig:
     `private_chunks` and `shared_chunks` how many of them may prefill in one tick. `chunk_tokens` is
     the prefill token budget of a tick; `chunk_buckets` are the row counts for which programs are
     compiled (None: a sixteenth, a quarter and the whole of `chunk_tokens`). `ahead` is how many
-    ticks are submitted before a token is read. `policy` lars and `tbt_slo_s` are kept for the
-    scheduler to come: this version serves in order of arrival, by token budget, and says so in the log.
+    ticks are submitted before a token is read.
+
+    With a cost model prompts go in the order of `policy` (`serve/policy.py`) and chunks fill a time budget: while
+    anything decodes, a token of it may take `tbt_slo_s` through the whole pipe; else a tick may take `idle_tick_s`. A
+    long prompt that has slack yields up to the share `long_yield` of the budget to others. Where not even the smallest
+    chunk fits, one still runs every `least_chunk_every` ticks. Without one, and so in engines as yet, requests are
+    served in order of arrival, by token budget; a policy that is asked for is logged as not there.
     """
 
     page_tokens: int = 128
@@ -148,8 +153,11 @@ class ServeConfig:
     span_tokens: int = 8192
     max_waiting: int = 4096
     ahead: int = 1
-    policy: Literal["fcfs", "lars"] = "fcfs"
+    policy: Literal["fcfs", "fcfs_exclusive", "edf", "srpt", "lars"] = "fcfs"
     tbt_slo_s: float = 0.030
+    idle_tick_s: float = 0.25
+    long_yield: float = 0.4
+    least_chunk_every: int = 4
     impl: Literal["auto", "reference", "mosaic"] = "auto"
     rope_precision: Literal["exact", "hf_float32"] = "exact"
 
@@ -169,9 +177,9 @@ class ServeConfig:
             raise RequestError(
                 "serve.chunk_tokens", self.chunk_tokens, f"must be at most the largest chunk bucket, {buckets[-1]}"
             )
-        if len(buckets) > 5:
+        if len(buckets) > 8:
             raise RequestError(
-                "serve.chunk_buckets", buckets, "at most 5 buckets: each is compiled, with kvp > 1 in several pairs"
+                "serve.chunk_buckets", buckets, "at most 8 buckets: each is compiled, with kvp > 1 in several pairs"
             )
         if self.span_tokens % self.page_tokens:
             raise RequestError(

@@ -1,4 +1,4 @@
-"""Admission, and what enters the pipe at each tick: decodes first, then prompts in order of arrival."""
+"""Admission, and what enters the pipe at each tick: decodes first, then chunks of prompts by policy and budget."""
 
 from __future__ import annotations
 
@@ -8,16 +8,27 @@ from collections.abc import Callable, Iterable
 from mnemosyne_jax.config import MeshSpec, ServeConfig
 from mnemosyne_jax.errors import RequestError
 from mnemosyne_jax.serve.batch import Batch, ChunkRow, DecodeRow
-from mnemosyne_jax.serve.chunking import ChooseChunk, largest_chunk
+from mnemosyne_jax.serve.budget import BatchLoad, TickBudget, TickTime
+from mnemosyne_jax.serve.chunking import STEP, ChooseChunk, largest_chunk
 from mnemosyne_jax.serve.executor import NOT_FINITE, StepResult
 from mnemosyne_jax.serve.pages import PagePool, Span, grown_layout, private_layout, striped_layout
+from mnemosyne_jax.serve.policy import PrefillTimes, priority, relative_slack
 from mnemosyne_jax.serve.request import Phase, Request, Sequence, Timeline, checked
+
+
+class _Taken:
+    """Chunk rows and tokens that a tick has so far, by group; None: shared by all."""
+
+    def __init__(self, groups: int):
+        self.rows: dict[int | None, int] = {None: 0} | dict.fromkeys(range(groups), 0)
+        self.tokens = dict(self.rows)
 
 
 class Scheduler:
     """Sole owner of Sequences and PagePools. It never reads a clock and never sees a token before it must.
 
-    `fits(shared_tokens, private_tokens)` says whether a compiled program holds these chunk areas.
+    `fits(shared_tokens, private_tokens)` says whether a compiled program holds these chunk areas. With `tick_time` and
+    `prefill_times` chunks fill a time budget in the order of the policy; without, a token budget in order of admission.
     """
 
     def __init__(
@@ -29,9 +40,18 @@ class Scheduler:
         vocab: int,
         fits: Callable[[int, int], bool],
         choose_chunk: ChooseChunk = largest_chunk,
+        tick_time: TickTime | None = None,
+        prefill_times: PrefillTimes | None = None,
     ):
+        assert (tick_time is None) == (prefill_times is None), "one needs the other"
         self.serve, self.mesh, self.vocab = serve, mesh, vocab
         self._fits, self._choose_chunk = fits, choose_chunk
+        self._tick_time, self._prefill_times = tick_time, prefill_times
+        self._loads = deque(
+            [BatchLoad.empty(mesh.kvp)] * (mesh.spp - 1), maxlen=mesh.spp - 1
+        )  # of the pipe, newest first
+        self._last_chunk_tick = -1
+        self.forced_chunks = 0  # chunks that ran although their tick was predicted to be over budget
         self.pools = [PagePool(pool_pages) for _ in range(mesh.kvp)]
         self.tick = 0  # the next to be submitted
         self.sequences: dict[str | int, Sequence] = {}  # waiting and running
@@ -101,7 +121,7 @@ class Scheduler:
         self._drain()
         self._admit(now_s)
         decodes = tuple(self._decode_rows())
-        chunks = tuple(self._chunk_rows())
+        chunks = tuple(self._chunk_rows() if self._tick_time is None else self._timed_chunk_rows(decodes, now_s))
         batch = Batch(self.tick, decodes, chunks)
         self.tick += 1
         return batch
@@ -147,36 +167,69 @@ class Scheduler:
                 s.next_tick, s.last_tick = self.tick + self.mesh.spp, self.tick
 
     def _chunk_rows(self) -> Iterable[ChunkRow]:
-        serve = self.serve
-        rows = {None: 0} | dict.fromkeys(range(self.mesh.kvp), 0)  # chunk rows and tokens taken so far, by group
-        tokens = dict(rows)
+        """Chunks by token budget, in order of admission."""
+        taken = _Taken(self.mesh.kvp)
         for s in self._running:
-            if s.prompt_scheduled == len(s.request.prompt):
-                continue
-            if rows[s.group] == (serve.shared_chunks if s.group is None else serve.private_chunks):
-                continue
-            room = self._room(tokens, s.group)
-            length = self._choose_chunk(s, room) if room else 0
-            if length == 0:
-                continue
-            yield ChunkRow(s.request, s.slot, s.group, s.spans, s.prompt_scheduled, length)
-            rows[s.group] += 1
-            tokens[s.group] += length
-            s.prompt_scheduled += length
-            s.last_tick = self.tick
-            if s.prompt_scheduled == len(s.request.prompt):
-                s.tokens_scheduled = 1
-                s.next_tick = self.tick + self.mesh.spp
+            if s.prompt_scheduled < len(s.request.prompt) and (room := self._room(taken, s)):
+                length = self._choose_chunk(s, room)
+                if length:
+                    yield self._take_chunk(taken, s, length)
 
-    def _room(self, tokens: dict[int | None, int], group: int | None) -> int:
-        """Tokens that `group` may still take: in the budget of every group it loads, in a program that exists."""
+    def _timed_chunk_rows(self, decodes: tuple[DecodeRow, ...], now_s: float) -> Iterable[ChunkRow]:
+        """Chunks by time budget, in the order of the policy; at most one long prompt in any group."""
+        serve, taken = self.serve, _Taken(self.mesh.kvp)
+        tick_time, times = self._tick_time, self._prefill_times
+        assert tick_time and times
+        empty = BatchLoad.empty(self.mesh.kvp)
+        budget = TickBudget(tick_time, tuple(self._loads), tick_time.with_decodes(empty, decodes))
+        decoding = any(s.tokens_scheduled for s in self._running)
+        budget_s = serve.tbt_slo_s / self.mesh.spp if decoding else serve.idle_tick_s
+        prefills = [s for s in self._running if s.prompt_scheduled < len(s.request.prompt)]
+        prefills.sort(key=lambda s: priority(serve.policy, s, now_s, times))  # stable: ties by admission
+        long_groups: set[int] = set()
+        for s in prefills[:1] if serve.policy == "fcfs_exclusive" else prefills:
+            groups, long = {span.group for span in s.spans}, len(s.request.prompt) > serve.span_tokens
+            room = 0 if long and groups & long_groups else self._room(taken, s)
+            if not room:
+                continue
+            share = 1.0
+            if long and len(prefills) > 1 and serve.policy == "lars":  # to whom it yields
+                share -= min(max(relative_slack(s, now_s, times), 0.0), serve.long_yield)
+            length = budget.largest_chunk(s, room, budget_s * share)
+            if not length and self.tick - self._last_chunk_tick >= serve.least_chunk_every:
+                length = min(STEP, room, len(s.request.prompt) - s.prompt_scheduled)
+                self.forced_chunks += 1
+            if length:
+                long_groups |= groups if long else set()
+                budget.add_chunk(s, length)
+                self._last_chunk_tick = self.tick
+                yield self._take_chunk(taken, s, length)
+        if self.mesh.spp > 1:
+            self._loads.appendleft(budget.load)
+
+    def _take_chunk(self, taken: _Taken, s: Sequence, length: int) -> ChunkRow:
+        row = ChunkRow(s.request, s.slot, s.group, s.spans, s.prompt_scheduled, length)
+        taken.rows[s.group] += 1
+        taken.tokens[s.group] += length
+        s.prompt_scheduled += length
+        s.last_tick = self.tick
+        if s.prompt_scheduled == len(s.request.prompt):
+            s.tokens_scheduled = 1
+            s.next_tick = self.tick + self.mesh.spp
+        return row
+
+    def _room(self, taken: _Taken, s: Sequence) -> int:
+        """Tokens that a sequence may still add: in the budget of every group it loads, in a program that exists."""
+        serve, group, tokens = self.serve, s.group, taken.tokens
+        if taken.rows[group] == (serve.shared_chunks if group is None else serve.private_chunks):
+            return 0
         shared, private = tokens[None], max(tokens[g] for g in range(self.mesh.kvp))
         loaded = private if group is None else tokens[group]
-        room = self.serve.chunk_tokens - shared - loaded
+        room = serve.chunk_tokens - shared - loaded
         if group is None:
-            sizes = [b - shared for b in self.serve.buckets if self._fits(b, private)]
+            sizes = [b - shared for b in serve.buckets if self._fits(b, private)]
         else:
-            sizes = [b - loaded for b in self.serve.buckets if self._fits(shared, b)]
+            sizes = [b - loaded for b in serve.buckets if self._fits(shared, b)]
         return max(0, min(room, max(sizes, default=0)))
 
     # Slots and pages.

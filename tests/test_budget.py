@@ -1,0 +1,68 @@
+"""The time of a tick: of the slowest group, at the largest program, and never less for more work."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, from_yaml
+from mnemosyne_jax.serve.batch import DecodeRow
+from mnemosyne_jax.serve.budget import BatchLoad, TickTime
+from mnemosyne_jax.serve.cost import CostModel
+from mnemosyne_jax.serve.pages import Span, striped_layout
+from mnemosyne_jax.serve.request import Request
+
+MESH = MeshSpec(kvp=2, spp=2)
+COST = CostModel(
+    from_yaml(ModelConfig, "configs/model/llama-3-8b.yaml"), from_yaml(HardwareConfig, "configs/hardware/h100.yaml"),
+    MESH,
+)  # fmt: skip
+BUCKETS = (128, 512, 2048)
+EMPTY = BatchLoad.empty(2)
+
+
+def program_rows(shared, private):
+    sizes = [next((b for b in (0, *BUCKETS) if b >= tokens), None) for tokens in (shared, private)]
+    return None if None in sizes else (16 + sum(sizes), 2 + sizes[0])
+
+
+TIME = TickTime(COST, program_rows, page_tokens=128)
+
+
+def striped(tokens):
+    pages = -(-tokens // 128)
+    return tuple(Span(g, a, b, np.zeros(n, np.int32)) for g, (a, b, n) in enumerate(striped_layout(pages, 2)))
+
+
+def private(group, tokens):
+    return (Span(group, 0, 1, np.zeros(-(-tokens // 128), np.int32)),)
+
+
+def test_a_tick_takes_as_long_as_its_slowest_group_at_the_program_of_the_whole_pipe():
+    old = TIME.with_chunk(EMPTY, private(1, 4096), False, 1024, 500)
+    new = TIME.with_decodes(EMPTY, [DecodeRow(Request("r", [0]), 0, None, striped(1_000_000), position=999_999)])
+    expected = COST.program_s(16 + 512, 2) + max(COST.chunk_s(500, 1024), COST.decode_s(500_000))
+    assert TIME.seconds((new, old)) == pytest.approx(expected, rel=1e-3)
+    assert TIME.seconds((EMPTY, EMPTY)) == COST.program_s(16, 2)
+
+
+def test_a_shared_chunk_loads_every_group_with_what_it_holds():
+    load = TIME.with_chunk(EMPTY, striped(1_000_000), True, 900_000, 512)
+    assert load.shared_tokens == 512 and load.private_tokens == (0, 0)
+    assert load.attention_s == pytest.approx([COST.chunk_s(512, 450_000, 256)] * 2, rel=1e-3)
+    both = TIME.with_chunk(load, private(0, 2000), False, 0, 300)
+    assert both.private_tokens == (300, 0) and both.attention_s[1] == load.attention_s[1]
+
+
+def test_no_program_no_time():
+    assert TIME.seconds((TIME.with_chunk(EMPTY, private(0, 4096), False, 0, 2049), EMPTY)) is None
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000_000), st.integers(1, 2048), st.integers(1, 2048), st.booleans())
+def test_a_larger_chunk_never_takes_less(start, one, other, shared):
+    spans = striped(start + 2048) if shared else private(1, start + 2048)
+    small, large = (
+        TIME.seconds((TIME.with_chunk(EMPTY, spans, shared, start, n), EMPTY)) for n in sorted((one, other))
+    )
+    assert small <= large * (1 + 1e-9)
