@@ -1,12 +1,18 @@
-"""What fits where, before anything is loaded."""
+"""What fits where and what takes how long, before anything is loaded."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig
+from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, ServeConfig
+from mnemosyne_jax.model.inputs import step_shapes
+from mnemosyne_jax.serve.budget import TickTime
+from mnemosyne_jax.serve.chunking import STEP, largest_fitting
+from mnemosyne_jax.serve.cost import CostModel
+from mnemosyne_jax.serve.policy import PrefillTimes, prefill_times
 
 ACTIVATION_FRACTION = 0.15  # of a device's memory, kept for a tick's activations and the compiler's temporaries
 
@@ -48,3 +54,40 @@ def plan(model: ModelConfig, hardware: HardwareConfig, mesh: MeshSpec, context_t
         context_tokens=context_tokens,
         fits=context_tokens <= longest,
     )
+
+
+def pages_that_fit(model: ModelConfig, hardware: HardwareConfig, mesh: MeshSpec, page_tokens: int) -> int:
+    """Pages in each kvp group, as many as the memory of its devices has room for beside the weights."""
+    longest = plan(model, hardware, mesh, 0).longest_context_tokens
+    return longest // mesh.kvp // page_tokens
+
+
+def tick_time(model: ModelConfig, hardware: HardwareConfig, mesh: MeshSpec, serve: ServeConfig) -> TickTime:
+    """The TickTime of the programs that these settings compile."""
+    shapes = step_shapes(serve, mesh)
+
+    @functools.cache
+    def program_rows(shared: int, private: int) -> tuple[int, int] | None:
+        shape = next((shape for shape in shapes if shape.holds(shared, private)), None)
+        return shape and (shape.tokens, shape.shared_slots + shape.shared_tokens)
+
+    cost = CostModel(model, hardware, mesh, jnp.dtype(model.dtype).itemsize)
+    return TickTime(cost, program_rows, serve.page_tokens)
+
+
+def times_alone(ticks: TickTime, serve: ServeConfig, longest: int) -> PrefillTimes:
+    """PrefillTimes of prompts up to `longest` tokens, each alone on the mesh, in chunks that keep `idle_tick_s`."""
+    cost, groups = ticks.cost, ticks.cost.mesh.kvp
+
+    def tick_s(done: int, tokens: int) -> float:
+        shared = groups > 1 and done + tokens > serve.span_tokens
+        rows = ticks.program_rows(*((tokens, 0) if shared else (0, tokens)))
+        assert rows is not None
+        spread = groups if shared else 1
+        return cost.program_s(*rows) + cost.chunk_s(tokens, done / spread, tokens / spread)
+
+    def chunk_of(done: int) -> int:
+        most = serve.chunk_tokens
+        return max(min(STEP, most), largest_fitting(longest, most, lambda n: tick_s(done, n) <= serve.idle_tick_s))
+
+    return prefill_times(chunk_of, tick_s, longest)

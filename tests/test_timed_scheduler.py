@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 
 from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, ServeConfig, from_yaml
-from mnemosyne_jax.model.inputs import step_shapes
-from mnemosyne_jax.serve.budget import BatchLoad, TickTime
-from mnemosyne_jax.serve.chunking import STEP, largest_fitting
-from mnemosyne_jax.serve.cost import CostModel
+from mnemosyne_jax.planning import tick_time, times_alone
+from mnemosyne_jax.serve.budget import BatchLoad
+from mnemosyne_jax.serve.chunking import STEP
 from mnemosyne_jax.serve.engine import Loop
-from mnemosyne_jax.serve.policy import prefill_times
 from mnemosyne_jax.serve.request import Request
 from mnemosyne_jax.serve.scheduler import Scheduler
 from mnemosyne_jax.serve.simulation import SimExecutor
@@ -32,23 +30,17 @@ class Simulated:
 
     def __init__(self, mesh=MeshSpec(tp=8), pool_pages=20_000, **serve):
         self.serve, self.mesh = replace(SERVE, **serve), mesh
-        shapes = step_shapes(self.serve, mesh)
-
-        def program_rows(shared, private):
-            shape = next((s for s in shapes if s.holds(shared, private)), None)
-            return shape and (shape.tokens, shape.shared_slots + shape.shared_tokens)
-
-        cost = CostModel(LLAMA_8B, H100, mesh)
-        self.time = TickTime(cost, program_rows, self.serve.page_tokens)
-        tick_s = lambda done, chunk: cost.program_s(chunk) + cost.chunk_s(chunk, done)  # noqa: E731
-        budget_s = self.serve.tbt_slo_s / mesh.spp
-        chunk_of = lambda done: max(STEP, largest_fitting(8192, 8192, lambda c: tick_s(done, c) <= budget_s))  # noqa: E731
+        self.time = tick_time(LLAMA_8B, H100, mesh, self.serve)
         self.executor = SimExecutor(self.serve, mesh, self.time)
         self.scheduler = Scheduler(
-            self.serve, mesh, pool_pages=pool_pages, vocab=1,
-            fits=lambda *tokens: program_rows(*tokens) is not None,
-            tick_time=self.time, prefill_times=prefill_times(chunk_of, tick_s, 2_000_000),
-        )  # fmt: skip
+            self.serve,
+            mesh,
+            pool_pages=pool_pages,
+            vocab=1,
+            fits=lambda *tokens: self.time.program_rows(*tokens) is not None,
+            tick_time=self.time,
+            prefill_times=times_alone(self.time, self.serve, 2_000_000),
+        )
         self.loop = Loop(self.scheduler, self.executor, keep_batches=True)
 
     def run(self, requests):
