@@ -92,7 +92,7 @@ def make_case(
         (pages, offsets), _ = case.keys(r)
         shape = (stored[r], 2, kv_heads, head_dim)
         values = rng.integers(-8, 9, shape).astype(float) if integers else rng.normal(size=shape)
-        values[:, 0] *= np.linspace(0.5, 2, stored[r])[:, None, None]
+        values[:, 0] *= np.linspace(0.5, 3, stored[r])[:, None, None]
         kv[case.layer, pages, :, :, offsets] = values
     case.kv_LP2KBH = jnp.asarray(kv, dtype)
     return case

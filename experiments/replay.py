@@ -1,0 +1,171 @@
+"""Replays a trace of requests on a simulated mesh, under one policy after another, with the scheduler that serves.
+
+    python -m experiments.replay --config_path configs/replay.yaml --trace FILE [--out FILE] [--plot FILE.png]
+
+A trace without arrivals, or `queries_per_s`, gives a Poisson process with the trace's lengths; `long_share` of the
+requests become long ones. The simulator's watch is a cost model of its own, each of its rates off by up to `error`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from experiments import command_line, metrics, results, traces
+from experiments.metrics import Served
+from experiments.traces import Arrival
+from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, ServeConfig, from_yaml
+from mnemosyne_jax.errors import RequestError
+from mnemosyne_jax.planning import pages_that_fit, tick_time, times_alone
+from mnemosyne_jax.serve.engine import Loop
+from mnemosyne_jax.serve.policy import PrefillTimes
+from mnemosyne_jax.serve.request import Request
+from mnemosyne_jax.serve.scheduler import Scheduler
+from mnemosyne_jax.serve.simulation import SimExecutor
+
+SHARES = ("matmul_share", "weight_read_share", "attention_share", "kv_read_share", "link_share")
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """`trace` on `mesh` of `hardware`, once for each of `policies`; `serve` holds every other setting.
+
+    With `queries_per_s` requests are drawn from the trace for `duration_s`, else they arrive as they did. Requests that
+    are not done `drain_s` after the last arrival count as unfinished.
+    """
+
+    trace: str
+    model: str = "configs/model/llama-3-8b.yaml"
+    hardware: str = "configs/hardware/h100.yaml"
+    mesh: MeshSpec = field(default_factory=MeshSpec)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    policies: tuple[str, ...] = ("lars", "fcfs_exclusive")
+    queries_per_s: float | None = None
+    duration_s: float = 3600.0
+    drain_s: float = 600.0
+    long_share: float = 0.0
+    seed: int = 0
+    error: float = 0.05
+    out: str | None = None
+    plot: str | None = None
+    check: bool = False
+
+
+def workload(config: ReplayConfig) -> list[Arrival]:
+    """The requests of a run, in order of arrival."""
+    arrivals = traces.read(config.trace)
+    if config.queries_per_s is not None:
+        arrivals = traces.with_poisson_arrivals(arrivals, config.queries_per_s, config.seed, config.duration_s)
+    elif math.isnan(arrivals[0].arrival_s):
+        raise RequestError("queries_per_s", None, f"must be given: {config.trace} holds no arrivals")
+    return traces.mix(arrivals, config.long_share, config.seed) if config.long_share else arrivals
+
+
+def perturbed(hardware: HardwareConfig, error: float, seed: int) -> HardwareConfig:
+    """Hardware whose every rate differs by up to `error`, either way."""
+    off = np.random.default_rng([seed, *b"error"]).uniform(1 - error, 1 + error, len(SHARES))
+    shares = {name: min(1.0, float(getattr(hardware, name) * x)) for name, x in zip(SHARES, off, strict=True)}
+    return dataclasses.replace(hardware, **shares)
+
+
+def replay(config: ReplayConfig, policy: str, arrivals: Sequence[Arrival]) -> tuple[list[Served], Loop]:
+    """(what came of every request, the loop that served them) under one policy."""
+    model, hardware = from_yaml(ModelConfig, config.model), from_yaml(HardwareConfig, config.hardware)
+    serve, mesh = dataclasses.replace(config.serve, policy=policy), config.mesh
+    expected = tick_time(model, hardware, mesh, serve)
+    pool_pages = serve.pool_pages or pages_that_fit(model, hardware, mesh, serve.page_tokens)
+    times = times_alone(expected, serve, max(arrival.prompt_tokens for arrival in arrivals))
+    scheduler = Scheduler(
+        serve,
+        mesh,
+        pool_pages=pool_pages,
+        vocab=1,
+        fits=lambda shared, private: expected.program_rows(shared, private) is not None,
+        tick_time=expected,
+        prefill_times=times,
+    )
+    watch = tick_time(model, perturbed(hardware, config.error, config.seed), mesh, serve)
+    loop = Loop(scheduler, executor := SimExecutor(serve, mesh, watch))
+    prompt = np.zeros(max(arrival.prompt_tokens for arrival in arrivals), np.int32)
+    waiting, found = deque(arrivals), {}
+    end_s = arrivals[-1].arrival_s + config.drain_s
+    while (waiting or not loop.idle) and executor.now() < end_s:
+        if loop.idle:
+            executor.wait_until(waiting[0].arrival_s)
+        requests = []
+        while waiting and waiting[0].arrival_s <= executor.now():
+            arrival = waiting.popleft()
+            request = Request(
+                arrival.id, prompt[: arrival.prompt_tokens], arrival.new_tokens, arrival.arrival_s, arrival.deadline_s,
+                stop_ids=(),
+            )  # fmt: skip
+            try:
+                requests.append(scheduler.check(request, arrival.arrival_s))
+                found[arrival.id] = None
+            except RequestError as error:
+                found[arrival.id] = f"refused: {error}"
+        arrived, _ = loop.tick(requests)
+        found |= {sequence.request.id: sequence for sequence in arrived}
+    return [served(arrival, found.get(arrival.id), times) for arrival in arrivals], loop
+
+
+def served(arrival: Arrival, found, times: PrefillTimes) -> Served:
+    """What came of one request: `found` is its Sequence, or why there is none."""
+    refused = isinstance(found, str)
+    token_s = np.array([] if refused or found is None else found.timeline.token_s)
+    reason = found if refused else ((found and found.reason) or "unfinished")
+    return Served(
+        id=arrival.id,
+        prompt_tokens=arrival.prompt_tokens,
+        new_tokens=arrival.new_tokens,
+        arrival_s=arrival.arrival_s,
+        deadline_s=arrival.deadline_s,
+        isolated_ttft_s=max(times.alone_s(arrival.prompt_tokens), 1e-6),
+        token_s=token_s,
+        reason=reason,
+        kind=arrival.kind,
+    )
+
+
+def main(args: list[str] | None = None) -> int:
+    config = command_line.read(ReplayConfig, args)
+    arrivals = workload(config)
+    print(traces.describe(arrivals), flush=True)
+    rows, runs = [], {}
+    for policy in config.policies:
+        begin_s = time.perf_counter()
+        runs[policy], loop = replay(config, policy, arrivals)
+        took_s, ticks = time.perf_counter() - begin_s, loop.scheduler.tick
+        span_s = loop.executor.now() - arrivals[0].arrival_s
+        made = metrics.summary(runs[policy], config.serve.tbt_slo_s, span_s)
+        rows += metrics.rows(made, policy=policy)
+        rows.append(results.row("replay", round(took_s, 2), "s", policy=policy, ticks=ticks))
+        rows.append(results.row("chunks over budget", loop.scheduler.forced_chunks, "1", policy=policy))
+        ttft, tbt = ([f"{x:.3g}" for x in _percentiles(values)] for values in _latencies(runs[policy]))
+        print(f"{policy}: TTFT p50/p90/p99 {'/'.join(ttft)} s, TBT {'/'.join(tbt)} s; "
+              f"{ticks} ticks, {span_s:.0f} s simulated in {took_s:.1f} s", flush=True)  # fmt: skip
+    made = results.document(config, rows)
+    if config.out:
+        results.write(config.out, made)
+    if config.plot:
+        metrics.cdf_figure(runs, config.serve.tbt_slo_s).savefig(config.plot, dpi=120)
+    return 0 if not config.check or results.check(made) else 1
+
+
+def _latencies(run: Sequence[Served]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([s.ttft_s for s in run]), np.concatenate([np.diff(s.token_s) for s in run])
+
+
+def _percentiles(values: np.ndarray) -> np.ndarray:
+    return np.percentile(values, (50, 90, 99), method="inverted_cdf") if values.size else np.full(3, np.nan)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
