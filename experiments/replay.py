@@ -41,7 +41,7 @@ class ReplayConfig:
     are not done `drain_s` after the last arrival count as unfinished.
     """
 
-    trace: str
+    trace: str = ""
     model: str = "configs/model/llama-3-8b.yaml"
     hardware: str = "configs/hardware/h100.yaml"
     mesh: MeshSpec = field(default_factory=MeshSpec)
@@ -60,6 +60,8 @@ class ReplayConfig:
 
 def workload(config: ReplayConfig) -> list[Arrival]:
     """The requests of a run, in order of arrival."""
+    if not config.trace:
+        raise RequestError("trace", config.trace, "must name a file of requests")
     arrivals = traces.read(config.trace)
     if config.queries_per_s is not None:
         arrivals = traces.with_poisson_arrivals(arrivals, config.queries_per_s, config.seed, config.duration_s)
@@ -136,7 +138,11 @@ def served(arrival: Arrival, found, times: PrefillTimes) -> Served:
 
 def main(args: list[str] | None = None) -> int:
     config = command_line.read(ReplayConfig, args)
-    arrivals = workload(config)
+    try:
+        arrivals = workload(config)
+    except RequestError as error:
+        print(error, file=sys.stderr)
+        return 2
     print(traces.describe(arrivals), flush=True)
     rows, runs = [], {}
     for policy in config.policies:

@@ -51,6 +51,7 @@ def test_lengths_alone_need_a_rate(args):
     config = dataclasses.replace(command_line.read(ReplayConfig, args), queries_per_s=None)
     with pytest.raises(RequestError, match="queries_per_s"):
         replay.workload(config)
+    assert replay.main(["--config_path", "configs/replay.yaml"]) == 2  # no trace at all
 
 
 def test_watch_of_the_simulator_is_off_by_the_error_that_is_stated():
