@@ -195,7 +195,7 @@ BAD_COUNTS += ["9" * 5000, "null", "[1]", '"""1"""', "+5", "[" * 100_000]
 BAD_TIMES = ["abc", "", "-1", "-0.5", "nan", "inf", "1e999", "true", "1_0", DAY, "9007199254740992", "9" * 5000]
 BAD_JSON = ['"7"', "-1", "1.5", "2.0", "true", "null", "NaN", "Infinity", "1e999", "[7]", "{}", "2147483648", None]
 BAD_DATES = ["17", "2023-11-16", "2023-02-30 00:00:00", "2023-11-16 24:00:01", "2023-11-16 18:15:60", f"{DAY}000"]
-BAD_DATES += ["2023-11-16 18:15", f"{DAY}+25:00", f"{DAY} UTC", "16/11/2023 18:15:46", "٢023-11-16 18:15:46"]
+BAD_DATES += ["2023-11-16 18:15", f"{DAY}+25:00", f"{DAY} UTC", "16/11/2023 18:15:46", "2023-11-16 18:15:46.٢"]
 BAD_DATES += ["0000-01-01 00:00:00"]
 REFUSED = [
     # content, part of the message
@@ -235,6 +235,7 @@ REFUSED = [
         (json_row(timestamp=bad), "line 4, timestamp: got")
         for bad in ["-1", '"1"', "true", "null", "NaN", "1e999", f'"{DAY}"', "9007199254740992", "1" + "0" * 400, None]
     ],
+    (json_row(timestamp="-1"), "line 4, timestamp: got -1, must be a number of milliseconds of at least 0"),
     (json_row(input_length=None), "line 4, input_length: got 'nothing', must be an integer of at least 1"),
     (MOONCAKE[:-3], "line 2: got "),
     (json_row(input_length="9" * 5000), "line 4: got "),

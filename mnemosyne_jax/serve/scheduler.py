@@ -14,6 +14,9 @@ from mnemosyne_jax.serve.executor import NOT_FINITE, StepResult
 from mnemosyne_jax.serve.pages import PagePool, Span, grown_layout, private_layout, striped_layout
 from mnemosyne_jax.serve.policy import PrefillTimes, priority, relative_slack
 from mnemosyne_jax.serve.request import Phase, Request, Sequence, Timeline, checked
+from mnemosyne_jax.serve.waiting import WaitingQueue
+
+MOST_PASSED = 32  # requests without room that a tick looks past: it has other things to do
 
 
 class _Taken:
@@ -55,7 +58,7 @@ class Scheduler:
         self.pools = [PagePool(pool_pages) for _ in range(mesh.kvp)]
         self.tick = 0  # the next to be submitted
         self.sequences: dict[str | int, Sequence] = {}  # waiting and running
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingQueue(serve.policy, prefill_times)
         self._running: list[Sequence] = []  # in order of admission
         shared = serve.shared_slots(mesh)
         self._free_slots: dict[int | None, list[int]] = {None: list(range(shared))}
@@ -235,29 +238,35 @@ class Scheduler:
     # Slots and pages.
 
     def _admit(self, now_s: float) -> None:
-        """Gives slots and all the pages they can need to waiting requests, in order, until one has to wait.
+        """Gives slots and all the pages they can need to waiting requests, in order, until one must not be passed.
 
         Reserving everything at once is what keeps several long requests from each holding a part
         that the others wait for.
         """
-        while self._waiting and self._place(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            sequence.phase = Phase.PREFILL
-            sequence.timeline.admitted_s = now_s
-            self._running.append(sequence)
+        if not any(self._free_slots.values()):
+            return
+        passed = 0
+        for sequence, lets_others_pass in self._waiting.in_order(now_s):
+            if self._place(sequence):
+                self._waiting.remove(sequence)
+                sequence.phase = Phase.PREFILL
+                sequence.timeline.admitted_s = now_s
+                self._running.append(sequence)
+            elif not lets_others_pass or (passed := passed + 1) == MOST_PASSED:
+                break
 
     def _place(self, sequence: Sequence) -> bool:
         serve, groups = self.serve, self.mesh.kvp
         pages = -(-sequence.request.total_tokens // serve.page_tokens)
         fits_one = sequence.request.total_tokens <= serve.span_tokens and pages <= self.pools[0].size
         if groups == 1 or fits_one:
+            ready = [g for g in range(groups) if self._free_slots[g] and self.pools[g].free >= pages]
+            if not ready:
+                return False
             pending = [0] * groups
             for s in self._running:
                 if s.group is not None:
                     pending[s.group] += len(s.request.prompt) - s.prompt_scheduled + 1
-            ready = [g for g in range(groups) if self._free_slots[g] and self.pools[g].free >= pages]
-            if not ready:
-                return False
             sequence.group = min(ready, key=lambda g: (pending[g], g))
             layout = private_layout(pages)
             held_by = [sequence.group]

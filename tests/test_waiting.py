@@ -1,0 +1,44 @@
+"""Who is admitted next: the order of every policy against sorting by its key, and who lets others pass."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mnemosyne_jax.serve.policy import PrefillTimes, priority, relative_slack
+from mnemosyne_jax.serve.request import Request, Sequence, Timeline
+from mnemosyne_jax.serve.waiting import WaitingQueue
+
+LINEAR = PrefillTimes(np.array([0, 10_000_000]), np.array([0.0, 1000.0]))
+PROMPT = np.zeros(10_000_000, np.int32)
+requests = st.lists(st.tuples(st.integers(1, 10_000_000), st.floats(0, 100)), min_size=1, max_size=30)
+
+
+def filled(policy, asked, times=LINEAR):
+    queue, sequences = WaitingQueue(policy, times), []
+    for i, (tokens, arrival_s) in enumerate(asked):
+        sequences.append(Sequence(Request(i, PROMPT[:tokens], arrival_s=arrival_s), Timeline(arrival_s)))
+        queue.append(sequences[-1])
+    return queue, sequences
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "fcfs_exclusive", "edf", "srpt", "lars"])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(requests, st.floats(0, 3000), st.data())
+def test_order_is_that_of_the_policy(policy, asked, now_s, data):
+    queue, sequences = filled(policy, asked)
+    for sequence in data.draw(st.lists(st.sampled_from(sequences), unique=True, max_size=len(sequences) - 1)):
+        queue.remove(sequence)
+        sequences.remove(sequence)
+    found = list(queue.in_order(now_s))
+    assert len(queue) == len(found) == len(sequences)
+    keys = [priority(policy, sequence, now_s, LINEAR) for sequence, _ in found]
+    assert keys == sorted(keys) and {id(s) for s, _ in found} == {id(s) for s in sequences}
+    for sequence, lets_others_pass in found:
+        late = relative_slack(sequence, now_s, LINEAR) <= 0
+        assert lets_others_pass == (not late and not policy.startswith("fcfs"))
+
+
+def test_without_times_the_queue_is_a_queue():
+    queue, sequences = filled("lars", [(5, 3.0), (9_000_000, 1.0), (1, 2.0)], times=None)
+    assert list(queue.in_order(1e9)) == [(s, False) for s in sequences]
