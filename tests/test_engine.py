@@ -169,7 +169,7 @@ def test_cancel_and_stop_ids():
     while not one.loop.idle:
         one.tick()
     one.scheduler._drain()
-    assert one.scheduler.pools[0].free == one.scheduler.pools[0].size
+    assert one.scheduler.places.pools[0].free == one.scheduler.places.pools[0].size
 
 
 def test_not_finite_logits_fail_one_request_alone():

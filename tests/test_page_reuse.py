@@ -40,5 +40,5 @@ def test_random_ends_and_cancels_in_a_pool_just_big_enough(family, kvp, spp):
         stop = [whole.index(t) + 1 for t in request.stop_ids]
         want = whole[: stop[0]] if stop else whole
         assert handle.tokens == (want if handle.reason != "cancelled" else want[: len(handle.tokens)]), id
-    for pool in tight.scheduler.pools:
+    for pool in tight.scheduler.places.pools:
         assert pool.free + pool.quarantined == pool.size == 12

@@ -42,19 +42,19 @@ class World:
             self.tick()
             ticks += 1
             assert ticks <= most, "no end in sight"
-        assert all(pool.free == pool.size for pool in self.scheduler.pools)
+        assert all(pool.free == pool.size for pool in self.scheduler.places.pools)
         return ticks
 
     def check_nothing_lost(self):
         """Of each group's pages and slots: free, in quarantine and owned are disjoint and together all."""
         s, shared = self.scheduler, self.serve.shared_slots(self.mesh)
         running = [q for q in s.sequences.values() if q.phase is not Phase.WAITING]
-        for g, pool in enumerate(s.pools):
+        for g, pool in enumerate(s.places.pools):
             pages = pool._free[: pool._free_count].tolist() + [p for of, p in self.quarantined_pages() if of == g]
             pages += [p for q in running for span in q.spans if span.group == g for p in span.pages.tolist()]
             assert sorted(pages) == list(range(pool.size))
         for group in (None, *range(self.mesh.kvp)):
-            slots = s._free_slots[group] + [slot for _, of, slot in s._quarantined_slots if of == group]
+            slots = s.places.free_slots[group] + [slot for _, of, slot in s.places.quarantined_slots if of == group]
             slots += [q.slot for q in running if q.group == group]
             assert sorted(slots) == list(range(shared) if group is None else range(shared, self.serve.slots(self.mesh)))
 
@@ -70,11 +70,11 @@ class World:
     @property
     def held(self):
         """Pages owned by a request, over all groups."""
-        return sum(pool.size - pool.free - pool.quarantined for pool in self.scheduler.pools)
+        return sum(pool.size - pool.free - pool.quarantined for pool in self.scheduler.places.pools)
 
     def quarantined_pages(self):
         """(group, page) of every page in quarantine."""
-        pools = enumerate(self.scheduler.pools)
+        pools = enumerate(self.scheduler.places.pools)
         return [(g, p) for g, pool in pools for _, pages in pool._quarantine for p in pages.tolist()]
 
 

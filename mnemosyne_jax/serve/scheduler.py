@@ -11,7 +11,7 @@ from mnemosyne_jax.serve.batch import Batch, ChunkRow, DecodeRow
 from mnemosyne_jax.serve.budget import BatchLoad, TickBudget, TickTime
 from mnemosyne_jax.serve.chunking import STEP, ChooseChunk, largest_chunk
 from mnemosyne_jax.serve.executor import NOT_FINITE, StepResult
-from mnemosyne_jax.serve.pages import PagePool, Span, grown_layout, private_layout, striped_layout
+from mnemosyne_jax.serve.placement import Places
 from mnemosyne_jax.serve.policy import PrefillTimes, priority, relative_slack
 from mnemosyne_jax.serve.request import Phase, Request, Sequence, Timeline, checked
 from mnemosyne_jax.serve.waiting import WaitingQueue
@@ -28,7 +28,7 @@ class _Taken:
 
 
 class Scheduler:
-    """Sole owner of Sequences and PagePools. It never reads a clock and never sees a token before it must.
+    """Sole owner of Sequences and of their Places. It never reads a clock and never sees a token before it must.
 
     `fits(shared_tokens, private_tokens)` says whether a compiled program holds these chunk areas. With `tick_time` and
     `prefill_times` chunks fill a time budget in the order of the policy; without, a token budget in order of admission.
@@ -55,23 +55,18 @@ class Scheduler:
         )  # of the pipe, newest first
         self._last_chunk_tick = -1
         self.forced_chunks = 0  # chunks that ran although their tick was predicted to be over budget
-        self.pools = [PagePool(pool_pages) for _ in range(mesh.kvp)]
+        self.places = Places(serve, mesh, pool_pages)
         self.tick = 0  # the next to be submitted
         self.sequences: dict[str | int, Sequence] = {}  # waiting and running
         self._waiting = WaitingQueue(serve.policy, prefill_times)
         self._running: list[Sequence] = []  # in order of admission
-        shared = serve.shared_slots(mesh)
-        self._free_slots: dict[int | None, list[int]] = {None: list(range(shared))}
-        self._free_slots |= {g: list(range(shared, serve.slots(mesh))) for g in range(mesh.kvp)}
-        self._quarantined_slots: deque[tuple[int, int | None, int]] = deque()
 
     # Requests in and out.
 
     @property
     def longest(self) -> int:
         """The most tokens of keys and values that one request can have when it is alone."""
-        groups = self.mesh.kvp
-        return self.pools[0].size * self.serve.page_tokens * groups
+        return self.places.pools[0].size * self.serve.page_tokens * self.mesh.kvp
 
     @property
     def waiting(self) -> int:
@@ -121,7 +116,7 @@ class Scheduler:
 
     def next_batch(self, now_s: float) -> Batch:
         """The batch of the next tick, which is thereby submitted: it must be run."""
-        self._drain()
+        self.places.drain(self.tick - self.mesh.spp)
         self._admit(now_s)
         decodes = tuple(self._decode_rows())
         chunks = tuple(self._chunk_rows() if self._tick_time is None else self._timed_chunk_rows(decodes, now_s))
@@ -147,7 +142,9 @@ class Scheduler:
             if sequence is not None and sequence.request is row.request:
                 moved.append(sequence)
                 self._take_token(sequence, token, result.time_s)
-        self._drain()  # also when no further tick comes: an idle scheduler holds nothing back
+        self.places.drain(
+            self.tick - self.mesh.spp
+        )  # an idle scheduler, too, holds nothing back
         return moved
 
     def _take_token(self, sequence: Sequence, token: int, time_s: float) -> None:
@@ -235,19 +232,15 @@ class Scheduler:
             sizes = [b - loaded for b in serve.buckets if self._fits(shared, b)]
         return max(0, min(room, max(sizes, default=0)))
 
-    # Slots and pages.
+    # Into and out of the groups.
 
     def _admit(self, now_s: float) -> None:
-        """Gives slots and all the pages they can need to waiting requests, in order, until one must not be passed.
-
-        Reserving everything at once is what keeps several long requests from each holding a part
-        that the others wait for.
-        """
-        if not any(self._free_slots.values()):
+        """Places waiting requests in order, until one that finds no room must not be passed."""
+        if not self.places.any_slot_free:
             return
         passed = 0
         for sequence, lets_others_pass in self._waiting.in_order(now_s):
-            if self._place(sequence):
+            if self.places.place(sequence, self._running):
                 self._waiting.remove(sequence)
                 sequence.phase = Phase.PREFILL
                 sequence.timeline.admitted_s = now_s
@@ -255,54 +248,11 @@ class Scheduler:
             elif not lets_others_pass or (passed := passed + 1) == MOST_PASSED:
                 break
 
-    def _place(self, sequence: Sequence) -> bool:
-        serve, groups = self.serve, self.mesh.kvp
-        pages = -(-sequence.request.total_tokens // serve.page_tokens)
-        fits_one = sequence.request.total_tokens <= serve.span_tokens and pages <= self.pools[0].size
-        if groups == 1 or fits_one:
-            ready = [g for g in range(groups) if self._free_slots[g] and self.pools[g].free >= pages]
-            if not ready:
-                return False
-            pending = [0] * groups
-            for s in self._running:
-                if s.group is not None:
-                    pending[s.group] += len(s.request.prompt) - s.prompt_scheduled + 1
-            sequence.group = min(ready, key=lambda g: (pending[g], g))
-            layout = private_layout(pages)
-            held_by = [sequence.group]
-        else:
-            span_pages = min(serve.span_tokens // serve.page_tokens, self.pools[0].size)
-            layout = (
-                grown_layout(pages, groups, span_pages) if serve.placement == "grow" else striped_layout(pages, groups)
-            )
-            held_by = list(range(groups))
-            fit = all(self.pools[g].free >= count for g, (_, _, count) in zip(held_by, layout, strict=True))
-            if not self._free_slots[None] or not fit:
-                return False
-            sequence.group = None
-        sequence.slot = self._free_slots[sequence.group].pop(0)
-        sequence.spans = tuple(
-            Span(g, start, stride, self.pools[g].grant(count))
-            for g, (start, stride, count) in zip(held_by, layout, strict=True)
-        )
-        return True
-
     def _finish(self, sequence: Sequence, reason: str) -> None:
         if sequence.phase is Phase.WAITING:
             self._waiting.remove(sequence)
         else:
             self._running.remove(sequence)
-            for span in sequence.spans:
-                self.pools[span.group].release(span.pages, sequence.last_tick)
-            self._quarantined_slots.append((sequence.last_tick, sequence.group, sequence.slot))
+            self.places.release(sequence)
         sequence.phase, sequence.reason = Phase.FINISHED, reason
         del self.sequences[sequence.request.id]
-
-    def _drain(self) -> None:
-        """Frees pages and slots once the last batch with a row of their owner has left the last stage."""
-        done_tick = self.tick - self.mesh.spp
-        for pool in self.pools:
-            pool.drain(done_tick)
-        while self._quarantined_slots and self._quarantined_slots[0][0] <= done_tick:
-            _, group, slot = self._quarantined_slots.popleft()
-            self._free_slots[group].append(slot)

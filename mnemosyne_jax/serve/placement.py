@@ -1,0 +1,73 @@
+"""Where requests live: slot and pages in one group or in all, from admission until the pipe has forgotten them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from mnemosyne_jax.config import MeshSpec, ServeConfig
+from mnemosyne_jax.serve.pages import PagePool, Span, grown_layout, private_layout, striped_layout
+from mnemosyne_jax.serve.request import Sequence
+
+
+class Places:
+    """Slots and pages of every group: free, held by a sequence, or in quarantine."""
+
+    def __init__(self, serve: ServeConfig, mesh: MeshSpec, pool_pages: int):
+        self._serve, self._groups = serve, mesh.kvp
+        self.pools = [PagePool(pool_pages) for _ in range(mesh.kvp)]
+        shared = serve.shared_slots(mesh)
+        self.free_slots: dict[int | None, list[int]] = {None: list(range(shared))}
+        self.free_slots |= {g: list(range(shared, serve.slots(mesh))) for g in range(mesh.kvp)}
+        self.quarantined_slots: deque[tuple[int, int | None, int]] = deque()
+
+    @property
+    def any_slot_free(self) -> bool:
+        return any(self.free_slots.values())
+
+    def place(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
+        """Whether there was room: then the sequence has a slot and all the pages that it can ever need.
+
+        Reserving everything at once is what keeps several long requests from each holding a part that the others wait
+        for. A short request goes to the group with the least prefill pending.
+        """
+        pages = -(-sequence.request.total_tokens // self._serve.page_tokens)
+        fits_one = sequence.request.total_tokens <= self._serve.span_tokens and pages <= self.pools[0].size
+        if self._groups == 1 or fits_one:
+            ready = [g for g in range(self._groups) if self.free_slots[g] and self.pools[g].free >= pages]
+            if not ready:
+                return False
+            pending = [0] * self._groups
+            for s in running:
+                if s.group is not None:
+                    pending[s.group] += len(s.request.prompt) - s.prompt_scheduled + 1
+            sequence.group = min(ready, key=lambda g: (pending[g], g))
+            held = [(sequence.group, *private_layout(pages)[0])]
+        else:
+            held = [(g, *layout) for g, layout in enumerate(self._layout_of_all(pages))]
+            if not self.free_slots[None] or any(self.pools[g].free < count for g, _, _, count in held):
+                return False
+            sequence.group = None
+        sequence.slot = self.free_slots[sequence.group].pop(0)
+        sequence.spans = tuple(Span(g, start, stride, self.pools[g].grant(count)) for g, start, stride, count in held)
+        return True
+
+    def _layout_of_all(self, pages: int) -> list[tuple[int, int, int]]:
+        if self._serve.placement == "stripe":
+            return striped_layout(pages, self._groups)
+        span_pages = min(self._serve.span_tokens // self._serve.page_tokens, self.pools[0].size)
+        return grown_layout(pages, self._groups, span_pages)
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes back what a sequence holds; the last tick that carries one of its rows may still write to it."""
+        for span in sequence.spans:
+            self.pools[span.group].release(span.pages, sequence.last_tick)
+        self.quarantined_slots.append((sequence.last_tick, sequence.group, sequence.slot))
+
+    def drain(self, done_tick: int) -> None:
+        """Frees pages and slots once the last batch with a row of their owner has left the last stage."""
+        for pool in self.pools:
+            pool.drain(done_tick)
+        while self.quarantined_slots and self.quarantined_slots[0][0] <= done_tick:
+            _, group, slot = self.quarantined_slots.popleft()
+            self.free_slots[group].append(slot)
