@@ -178,9 +178,7 @@ class ServeConfig:
                 "serve.chunk_tokens", self.chunk_tokens, f"must be at most the largest chunk bucket, {buckets[-1]}"
             )
         if len(buckets) > 8:
-            raise RequestError(
-                "serve.chunk_buckets", buckets, "at most 8 buckets: each is compiled, with kvp > 1 in several pairs"
-            )
+            raise RequestError("serve.chunk_buckets", buckets, "at most 8 buckets: each is compiled")
         if self.span_tokens % self.page_tokens:
             raise RequestError(
                 "serve.span_tokens", self.span_tokens, f"must be a multiple of page_tokens = {self.page_tokens}"

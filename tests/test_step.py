@@ -95,11 +95,12 @@ def test_programs_are_built_by_warmup_and_not_after():
 def test_most_programs_a_configuration_can_ask_for():
     from mnemosyne_jax.model.inputs import step_shapes
 
-    serve = mn.ServeConfig(chunk_tokens=512, chunk_buckets=(1, 2, 3, 4, 512))
-    for mesh in (mn.MeshSpec(), mn.MeshSpec(kvp=2)):
-        assert len(step_shapes(serve, mesh)) + 2 <= 16
-    with pytest.raises(mn.RequestError):
-        mn.ServeConfig(chunk_tokens=6, chunk_buckets=(1, 2, 3, 4, 5, 6))
+    for mesh, buckets in ((mn.MeshSpec(), (1, 2, 3, 4, 5, 6, 7, 512)), (mn.MeshSpec(kvp=2), (1, 2, 3, 4, 512))):
+        assert len(step_shapes(mn.ServeConfig(chunk_tokens=512, chunk_buckets=buckets), mesh)) + 2 <= 16
+    with pytest.raises(mn.RequestError, match="chunk_buckets"):
+        mn.ServeConfig(chunk_tokens=9, chunk_buckets=tuple(range(1, 10)))
+    with pytest.raises(mn.RequestError, match="kvp"):
+        step_shapes(mn.ServeConfig(chunk_tokens=6, chunk_buckets=tuple(range(1, 7))), mn.MeshSpec(kvp=2))
 
 
 def test_host_traffic_does_not_grow_with_context(monkeypatch):

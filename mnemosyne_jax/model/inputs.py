@@ -18,6 +18,10 @@ import numpy as np
 from jax import lax
 
 from mnemosyne_jax.config import MeshSpec, ServeConfig
+from mnemosyne_jax.errors import RequestError
+
+
+MOST_BUCKETS_OF_PAIRS = 5  # with kvp > 1 shared and private areas are compiled apart: at most 16 programs in all
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,16 @@ def hidden_areas(serve: ServeConfig, mesh: MeshSpec) -> tuple[int, int, int]:
 
 
 def step_shapes(serve: ServeConfig, mesh: MeshSpec) -> tuple[StepShape, ...]:
-    """All programs of a run, cheapest first: no chunk, each bucket, and with kvp > 1 a few pairs (shared, private)."""
+    """All programs of a run, cheapest first: no chunk, each bucket, and with kvp > 1 a few pairs (shared, private).
+
+    Raises: RequestError if they would be too many to compile.
+    """
     buckets = serve.buckets
+    count = len(buckets)
+    if mesh.kvp > 1 and count > MOST_BUCKETS_OF_PAIRS:
+        raise RequestError(
+            "serve.chunk_buckets", buckets, "at most 5 with kvp > 1: shared and private ones are compiled"
+        )
     pairs = {(0, 0)} | {(0, b) for b in buckets}
     if mesh.kvp > 1:
         small, large = buckets[0], buckets[-1]

@@ -142,9 +142,7 @@ class Scheduler:
             if sequence is not None and sequence.request is row.request:
                 moved.append(sequence)
                 self._take_token(sequence, token, result.time_s)
-        self.places.drain(
-            self.tick - self.mesh.spp
-        )  # an idle scheduler, too, holds nothing back
+        self.places.drain(self.tick - self.mesh.spp)  # an idle scheduler, too, holds nothing back
         return moved
 
     def _take_token(self, sequence: Sequence, token: int, time_s: float) -> None:
