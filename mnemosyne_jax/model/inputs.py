@@ -20,7 +20,6 @@ from jax import lax
 from mnemosyne_jax.config import MeshSpec, ServeConfig
 from mnemosyne_jax.errors import RequestError
 
-
 MOST_BUCKETS_OF_PAIRS = 5  # with kvp > 1 shared and private areas are compiled apart: at most 16 programs in all
 
 
