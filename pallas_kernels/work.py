@@ -85,7 +85,10 @@ def work_list(
     kv_heads: int,
     tiling: Tiling,
 ) -> Work:
-    """The Work of these rows; arguments as in `reference.chunked_prefill`. Queries behind the last row get no tile."""
+    """The Work of these rows; arguments as in `reference.chunked_prefill`, the first row starting at query 0.
+
+    Queries behind the last row get no tile.
+    """
     T, R, B = q_positions_T.shape[0], slots_R.shape[0], page_tokens
     t = tiling.rows // heads_per_kv if T > R else 1
     N = T // t + (R if t > 1 else 0)
@@ -101,11 +104,11 @@ def work_list(
     positions_Nt = jnp.where(in_tile_Nt, q_positions_T[tokens_Nt], -1)
 
     start_N, stride_N, kv_len_N = key_start_R[row_N], key_stride_R[row_N], kv_lens_R[row_N]
-    last_N = positions_Nt.max(1)
-    first_N = jnp.where(in_tile_Nt, positions_Nt, jnp.iinfo(jnp.int32).max - 1).min(1)
-    reach_N = (last_N // B - start_N) // stride_N + 1
+    highest_N = positions_Nt.max(1)
+    lowest_N = jnp.where(in_tile_Nt, positions_Nt, jnp.iinfo(jnp.int32).max - 1).min(1)
+    reach_N = (highest_N // B - start_N) // stride_N + 1
     pages_N = jnp.clip(jnp.minimum(reach_N, -(-kv_len_N // B)), 0)
-    whole_N = jnp.minimum(((first_N + 1) // B - 1 - start_N) // stride_N + 1, kv_len_N // B)
+    whole_N = jnp.minimum(((lowest_N + 1) // B - 1 - start_N) // stride_N + 1, kv_len_N // B)
 
     aimed_at = max(1, tiling.waves * SMS // kv_heads)
     longest = jnp.maximum(-(-pages_N.sum() // aimed_at), tiling.least_pages)
