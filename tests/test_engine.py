@@ -168,7 +168,6 @@ def test_cancel_and_stop_ids():
     assert handle.progress().processed == 100
     while not one.loop.idle:
         one.tick()
-    one.scheduler._drain()
     assert one.scheduler.places.pools[0].free == one.scheduler.places.pools[0].size
 
 
