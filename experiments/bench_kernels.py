@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import json
 import os
@@ -36,7 +35,7 @@ from experiments.kernel_inputs import (
 )
 from experiments.kernel_record import CONVENTION, MAX_ERROR, OURS, Found, words
 from experiments.rivals import Shape, jax_clock, normal
-from pallas_kernels import reference
+from pallas_kernels import mosaic, reference
 
 MERGE_BYTES = 2 << 30
 
@@ -45,8 +44,7 @@ MERGE_BYTES = 2 << 30
 
 
 def kernels_of(config: BenchKernelsConfig) -> Any:
-    """The module of kernels, imported where it is used: only a GPU run needs what the mosaic one needs."""
-    return importlib.import_module(f"pallas_kernels.{config.impl}")
+    return {"mosaic": mosaic, "reference": reference}[config.impl]
 
 
 def programs(config: BenchKernelsConfig, head_dim: int, decode: bool) -> tuple[Any, Any]:

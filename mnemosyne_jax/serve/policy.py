@@ -16,10 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mnemosyne_jax.serve.request import Sequence
+
+type Number = Any  # a float, or an array of them
 
 DEADLINE_FACTOR, LEAST_DEADLINE_S = 1.5, 0.5  # of the prefill alone
 LEAST_WORK_S = 0.05  # of a request, when its slack is put in relation to it
@@ -66,20 +69,26 @@ def deadline_s(sequence: Sequence, times: PrefillTimes) -> float:
 
 def relative_slack(sequence: Sequence, now_s: float, times: PrefillTimes) -> float:
     """Time to spare in units of the request's own work; negative once the deadline cannot be kept."""
-    tokens = len(sequence.request.prompt)
-    spare_s = deadline_s(sequence, times) - now_s - times.remaining_s(tokens, sequence.prompt_scheduled)
-    return spare_s / max(times.alone_s(tokens), LEAST_WORK_S)
+    return priority("lars", sequence, now_s, times)
 
 
 def priority(policy: str, sequence: Sequence, now_s: float, times: PrefillTimes) -> float:
     """The key of a policy: the smallest goes first, ties by arrival."""
+    tokens = len(sequence.request.prompt)
+    left_s = times.remaining_s(tokens, sequence.prompt_scheduled)
+    facts = sequence.timeline.arrival_s, deadline_s(sequence, times), left_s, times.alone_s(tokens)
+    return float(key(policy, now_s, *facts))
+
+
+def key(policy: str, now_s: float, arrival_s: Number, due_s: Number, left_s: Number, work_s: Number) -> Number:
+    """`priority` from a request's facts, or from arrays of them: arrival, deadline, work left and work in all."""
     match policy:
         case "fcfs" | "fcfs_exclusive":
-            return sequence.timeline.arrival_s
+            return arrival_s
         case "edf":
-            return deadline_s(sequence, times)
+            return due_s
         case "srpt":
-            return times.remaining_s(len(sequence.request.prompt), sequence.prompt_scheduled)
+            return left_s
         case "lars":
-            return relative_slack(sequence, now_s, times)
+            return (due_s - now_s - left_s) / np.maximum(work_s, LEAST_WORK_S)
     raise ValueError(f"no such policy: {policy}")
