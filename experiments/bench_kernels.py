@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import command_line, kernel_record, results, rivals
+from experiments.clocks import REST_S, Clock, jax_clock
 from experiments.kernel_inputs import (
     BenchKernelsConfig,
     batches,
@@ -34,10 +35,10 @@ from experiments.kernel_inputs import (
     prefill_rows,
 )
 from experiments.kernel_record import CONVENTION, MAX_ERROR, OURS, Found, words
-from experiments.rivals import Shape, jax_clock, normal
+from experiments.rivals import Shape, normal
 from pallas_kernels import mosaic, reference
 
-MERGE_BYTES = 2 << 30
+MERGE_BYTES, WORK_LIST = 2 << 30, "work list"
 
 
 # Ours.
@@ -98,7 +99,7 @@ def _attend_alone(kv, q_RNH, table, positions_R, kv_lens_R):
 
 
 def bench_grid(config: BenchKernelsConfig, found: Found, save: Callable[[], Any]) -> None:
-    """Every shape of the grid by ours and by each rival, one after the other, so that all meet the same device.
+    """Every shape of the grid by ours and by each rival in turns, so that all meet the same device.
 
     The longest contexts come first: no rival is begun after `seconds`.
     """
@@ -114,70 +115,124 @@ def bench_grid(config: BenchKernelsConfig, found: Found, save: Callable[[], Any]
         if chunk > context:
             continue
         shape, decode = config.shape(chunk, context, head_dim), chunk == 1
-        tables = page_tables(config, [max(config.contexts)], config.calls(chunk))
+        tables = page_tables(config, [max(config.contexts)], config.calls(shape))
         rows = decode_rows([context]) if decode else prefill_rows(chunk, context)
-        measure_ours(config, found, program(head_dim, decode), (kvs[head_dim], tables, rows), shape, shape.where)
-        for name in (name for name in rivals.RIVALS if name not in absent):
-            measure_rival(config, found, name, shape, end_s)
+        others = prepare_rivals(config, found, shape, [name for name in rivals.RIVALS if name not in absent], end_s)
+        measure(config, found, program(head_dim, decode), (kvs[head_dim], tables, rows), shape, shape.where, others)
+        del others
+        rivals.free()
         save()  # a run that is cut short keeps what it has found
     for head_dim, (name, contexts) in itertools.product(config.head_dims, batches(config).items()):
         tables = page_tables(config, contexts, 1) * min(4, config.max_calls)  # too much to be cached from call to call
         shape = config.shape(1, sum(contexts), head_dim)
         where = dict(shape=name, head_dim=head_dim, keys=shape.context)
         inputs = kvs[head_dim], tables, decode_rows(contexts)
-        measure_ours(config, found, program(head_dim, True), inputs, shape, where)
+        measure(config, found, program(head_dim, True), inputs, shape, where, {})
 
 
-def measure_ours(config: BenchKernelsConfig, found: Found, run, inputs, shape: Shape, where: dict[str, Any]) -> None:
-    """The rows of one shape: the kernel, given its work list; its error; the making of the list."""
+def measure(
+    config: BenchKernelsConfig,
+    found: Found,
+    run: tuple[Any, Any],
+    inputs: tuple[Any, ...],
+    shape: Shape,
+    where: dict[str, Any],
+    others: dict[str, tuple[Clock, int]],
+) -> None:
+    """The rows of one shape: ours, its error and the making of its work list; the others, given their clocks."""
     (make, calls), (kv, tables, rows) = run, inputs
-    batch, timing, work_timing, error = len(rows["kv_lens_R"]), None, None, None
+    batch, timings, error = len(rows["kv_lens_R"]), {}, None
     with found.guarded(OURS, **where):
         work = make(rows)
         qs = [normal(i, (shape.chunk * batch, shape.query_heads, shape.head_dim)) for i in range(len(tables))]
-        given = (qs, kv, tables, rows, work)
-        results = [(jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:2], jnp.float32)) for q in qs]
-
-        def launch():
-            nonlocal results
-            results = calls(results, *given)
-            return results
-
+        launch = launcher(calls, qs, kv, tables, rows, work)
         error = relative_error(launch()[-1][0], qs[-1], kv, tables[-1], rows)
-        timing = config.time(jax_clock(launch), len(tables))
-        if work is not None:
-            work_timing = config.time(jax_clock(lambda: make(rows)), 1)
-    found.measured(OURS, timing, shape, shape.flops, batch, **where)
+        contenders = {OURS: (jax_clock(launch), len(tables))}
+        if work is not None and shape.context >= max(config.contexts):  # its cost does not depend on the context
+            contenders[WORK_LIST] = jax_clock(lambda: make(rows)), 1
+        timings = config.in_turns(contenders | others)
+    found.measured(OURS, timings.pop(OURS, None), shape, shape.flops, batch, **where)
     found.add("relative error", error, "1", must=MAX_ERROR, by=OURS, **where)
-    if work_timing is not None:
-        found.add("work list", 1e6 * work_timing.median_s, "us", by=OURS, **where, spread_us=work_timing.spread_s * 1e6)
+    if made := timings.pop(WORK_LIST, None):
+        found.add(WORK_LIST, 1e6 * made.median_s, "us", by=OURS, **where, spread_us=made.spread_s * 1e6)
+    for name, timing in timings.items():
+        found.measured(name, timing, shape, shape.full_flops, **where)
 
 
-def measure_rival(config: BenchKernelsConfig, found: Found, name: str, shape: Shape, end_s: float) -> None:
-    """The rows of one shape by a rival, unless the time is up."""
-    if time.monotonic() > end_s:
-        found.leave_out(name, "no time left", **shape.where)
-        return
-    calls = min(config.calls(shape.chunk), shape.calls)
-    with found.guarded(name, **shape.where):
-        timing = config.time(rivals.RIVALS[name](shape, calls), calls)
-        found.measured(name, timing, shape, shape.full_flops, **shape.where)
-    rivals.free()
+def prepare_rivals(
+    config: BenchKernelsConfig, found: Found, shape: Shape, names: Sequence[str], end_s: float
+) -> dict[str, tuple[Clock, int]]:
+    """Name -> (clock, calls in a launch) of those that run at this shape, unless the time is up."""
+    ready, calls = {}, min(config.calls(shape), shape.calls)
+    for name in names:
+        if time.monotonic() > end_s:
+            found.leave_out(name, "no time left", **shape.where)
+            continue
+        with found.guarded(name, **shape.where):
+            clock = rivals.RIVALS[name](shape, calls)
+            clock(1)  # what cannot run fails here
+            ready[name] = clock, calls
+    return ready
+
+
+def launcher(calls, qs: list[jax.Array], *given: Any) -> Callable[[], Any]:
+    """Launches whose results take the place of those before."""
+    results = [(jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:2], jnp.float32)) for q in qs]
+
+    def launch():
+        nonlocal results
+        results = calls(results, qs, *given)
+        return results
+
+    return launch
+
+
+def bench_sustained(config: BenchKernelsConfig, found: Found) -> None:
+    """Rates over seconds without a rest, where the device's power limit has its say: ours, the fastest rival's, and
+    the matrix product's."""
+    head_dim, context = config.head_dims[0], max(config.contexts)
+    kv, (make, calls) = make_kv(config, head_dim), programs(config, head_dim, decode=False)
+    for chunk in (chunk for chunk in config.sustained_chunks if chunk <= context):
+        shape, rows, clocks = config.shape(chunk, context, head_dim), prefill_rows(chunk, context), {}
+        where = shape.where | dict(seconds=config.sustained_s)
+        with found.guarded(OURS, **where):
+            q = normal(0, (chunk, shape.query_heads, head_dim))
+            launch = launcher(calls, [q], kv, page_tables(config, [context], 1), rows, make(rows))
+            clocks[OURS] = jax_clock(launch), shape.flops
+        if rival := found.fastest_rival(shape):
+            clocks[rival] = rivals.RIVALS[rival](shape, 1), shape.full_flops
+        clocks["matmul"] = matmul_clock(config), 2 * config.matmul_size**3
+        for name, (clock, flops) in clocks.items():
+            clock(1)
+            launches = max(1, round(config.sustained_s / max(clock(1), 1e-6)))
+            time.sleep(REST_S * 10)
+            rate = flops * launches / clock(launches) / 1e12
+            found.add("sustained rate", rate, "TFLOP/s", by=name, **where)
+            print(f"{words(by=name, **where)}: {rate:.4g} TFLOP/s", flush=True)
+        del clocks
+        rivals.free()
 
 
 # The device, the merge, the others.
 
 
-def measure_ceilings(config: BenchKernelsConfig) -> dict[str, float]:
-    """What the device reaches on a large matrix product and a large copy."""
+def matmul_clock(config: BenchKernelsConfig) -> Clock:
     n = config.matmul_size
     a, b = normal(0, (n, n)), normal(1, (n, n))
     product = jax.jit(jnp.matmul)
-    matmul = config.time(jax_clock(lambda: product(a, b)), 1)
+    return jax_clock(lambda: product(a, b))
+
+
+def measure_ceilings(config: BenchKernelsConfig) -> dict[str, float]:
+    """What the device reaches on a large matrix product and a large copy."""
+    matmul = config.time(matmul_clock(config), 1)
     source = jax.jit(lambda: jax.random.bits(jax.random.key(0), (config.copy_bytes // 4,), jnp.uint32))()
     copy = jax.jit(jnp.copy)
     copied = config.time(jax_clock(lambda: copy(source)), 1)
-    ceilings = dict(matmul_tflops=2e-12 * n**3 / matmul.median_s, copy_tb_per_s=2e-12 * source.nbytes / copied.median_s)
+    ceilings = dict(
+        matmul_tflops=2e-12 * config.matmul_size**3 / matmul.median_s,
+        copy_tb_per_s=2e-12 * source.nbytes / copied.median_s,
+    )
     print(words(**{name: f"{value:.4g}" for name, value in ceilings.items()}), flush=True)
     return ceilings
 
@@ -224,6 +279,7 @@ def main(args: list[str] | None = None) -> int:
         return made
 
     bench_grid(config, found, save)
+    bench_sustained(config, found)
     if not config.quick:
         bench_merge(config, found, ceilings["copy_tb_per_s"])
     ceilings |= {f"{name}_at_the_end": value for name, value in measure_ceilings(config).items()}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import command_line, results
-from experiments.rivals import jax_clock, time_calls
+from experiments.clocks import jax_clock, time_calls
 from mnemosyne_jax.config import MeshSpec
 from mnemosyne_jax.mesh import make_mesh
 from mnemosyne_jax.model.partial import Partial, gather_merge, ring_merge

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import rivals
-from experiments.rivals import Shape, Timing, normal, time_calls
+from experiments.clocks import Clock, Timing, time_calls, time_in_turns
+from experiments.rivals import Shape, normal
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class BenchKernelsConfig:
     copy_bytes: int = 4 << 30
     max_calls: int = 16
     sample_ms: float = 10.0
+    sustained_chunks: tuple[int, ...] = (512, 2048)
+    sustained_s: float = 2.0
     seconds: float = 420.0
     quick: bool = False
     redraw: str | None = None
@@ -53,11 +55,14 @@ class BenchKernelsConfig:
     def shape(self, chunk: int, context: int, head_dim: int) -> Shape:
         return Shape(chunk, context, head_dim, self.query_heads, self.kv_heads)
 
-    def calls(self, chunk: int) -> int:
-        """How many calls of ours a launch holds: the same for all contexts, which share a program."""
-        return max(1, min(self.max_calls, 8192 // chunk))
+    def calls(self, shape: Shape) -> int:
+        """How many calls of ours a launch holds: one of two numbers for a chunk, and so of programs."""
+        return 1 if shape.calls == 1 else max(1, min(self.max_calls, 8192 // shape.chunk))
 
-    def time(self, clock: rivals.Clock, calls: int) -> Timing:
+    def in_turns(self, contenders: Mapping[str, tuple[Clock, int]]) -> dict[str, Timing]:
+        return time_in_turns(contenders, self.sample_ms / 1e3)
+
+    def time(self, clock: Clock, calls: int) -> Timing:
         return time_calls(clock, calls, self.sample_ms / 1e3)
 
 

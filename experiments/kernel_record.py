@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from experiments import results
-from experiments.rivals import Shape, Timing
+from experiments.clocks import Timing
+from experiments.rivals import Shape
 
 OURS = "ours"
 CONVENTION = (
     "A FLOP rate counts 4 * query heads * head dim for each visible (query, key) pair: exactly the causal ones for "
     "ours, all pairs for the others, which mask nothing. A read rate counts the keys and values of the context once. "
     "Ours reads pages in random order, the others contiguous keys: an advantage of theirs. The copy counts bytes read "
-    "and written. A work list is timed in launches of its own, dispatch by the host included, a kernel in launches of "
-    "several calls, given the list. The device rests 0.3 s before each shape. A value is the median over samples, its "
-    "spread from their 10th to 90th percentile."
+    "and written. Times are the device's, for launches of one or several calls that queue up behind other work; the "
+    "work list is given, and timed apart. Contenders take turns sample by sample, and the device rests 0.1 s or longer "
+    "before each sample; a sustained rate has no rests. A value is the median over samples, its spread from their 10th "
+    "to 90th percentile."
 )
 MAX_ERROR = "<= 0.01"  # relative, of bfloat16 products
 SHOWN_VERSIONS = ("jax", "torch", "cudnn", "driver")
@@ -70,6 +72,12 @@ class Found:
         if timing is not None:
             shown = ", ".join(f"{value:.4g} {unit}" for value, unit in values.values())
             print(f"{words(by=by, **where)}: {shown} (spread {spread['spread_ms']:.2g} ms)", flush=True)
+
+    def fastest_rival(self, shape: Shape) -> str | None:
+        where = shape.where.items()
+        rates = [row for row in self.rows if row["name"] == "attention rate" and where <= row.items()]
+        others = [row for row in rates if row["by"] != OURS]
+        return max(others, key=lambda row: row["value"])["by"] if others else None
 
 
 def words(**where: Any) -> str:

@@ -1,4 +1,4 @@
-"""Other libraries' attention over contiguous keys, and the clocks that time theirs and ours.
+"""Other libraries' attention over contiguous keys, to be timed beside ours.
 
 torch is loaded by name, only to be measured: nothing here needs it.
 """
@@ -16,7 +16,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +23,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from experiments.clocks import Clock, jax_clock, torch_clock
 
 LAUNCH_S, TENSOR_FLOPS, READ_BYTES_PER_S = 2e-3, 800e12, 3e12  # what a launch should last; about an H100's rates
 COLD_BYTES = 256 << 20  # keys of several caches: with so many between two uses, the second finds none of them cached
-LEAST_SAMPLES, MOST_SAMPLES, SAMPLING_S, REST_S = 5, 9, 0.5, 0.3
 PACKAGES = {
     "torch": ("torch",),
     "triton": ("triton",),
     "cudnn": ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"),
     "cuda runtime": ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"),
 }
-
-# Runs that many launches and says how many seconds they took.
-Clock = Callable[[int], float]
 
 
 @dataclass(frozen=True)
@@ -79,72 +75,6 @@ class Shape:
         """How many calls at the speed of the hardware last LAUNCH_S."""
         floor_s = max(self.full_flops / TENSOR_FLOPS, self.kv_bytes / READ_BYTES_PER_S)
         return max(1, round(LAUNCH_S / floor_s))
-
-
-@dataclass(frozen=True)
-class Timing:
-    """The median seconds of a call over the samples, and from their 10th to their 90th percentile."""
-
-    median_s: float
-    spread_s: float
-
-
-def time_calls(clock: Clock, calls: int, sample_s: float) -> Timing:
-    """Of a launch that holds so many calls. A sample is as many launches as last `sample_s`, one at least.
-
-    The device rests before: a card at its power limit slows down, and none should pay for the work of another.
-    """
-    clock(1)  # compiles
-    launch_s = clock(1)
-    launches = max(1, round(sample_s / launch_s))
-    samples = max(LEAST_SAMPLES, min(MOST_SAMPLES, int(SAMPLING_S / (launches * launch_s))))
-    time.sleep(REST_S)
-    if launches > 1:
-        clock(launches)  # the device's own clocks rise under load
-    took_s = np.array([clock(launches) for _ in range(samples)]) / (launches * calls)
-    low_s, median_s, high_s = np.percentile(took_s, (10, 50, 90))
-    return Timing(float(median_s), float(high_s - low_s))
-
-
-def jax_clock(launch: Callable[[], Any]) -> Clock:
-    """Wall time: launches are dispatched back to back, and the last one awaited."""
-
-    def clock(launches: int) -> float:
-        begin_s, made = time.perf_counter(), None
-        for _ in range(launches):
-            made = launch()
-        jax.block_until_ready(made)
-        return time.perf_counter() - begin_s
-
-    return clock
-
-
-def torch_clock(torch: Any, launch: Callable[[], Any]) -> Clock:
-    """Time by device events; launches replay a CUDA graph where one can be captured."""
-    torch.cuda.synchronize()  # the inputs are there, whatever stream made them
-    with torch.cuda.stream(torch.cuda.Stream()):
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # JAX's threads may allocate during the capture, which must not fail for that.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            launch()
-        run = graph.replay
-    except RuntimeError:
-        torch.cuda.synchronize()
-        run = launch
-
-    def clock(launches: int) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(launches):
-            run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-    return clock
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))

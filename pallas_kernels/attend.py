@@ -70,14 +70,24 @@ def partials(
         dtype=dtype,
         interpret=interpret,
     )
-    tiled = () if interpret else (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
-    page = plgpu.SMEM((tiling.stages, B, H), dtype, transforms=tiled)
+
+    def shared(
+        shape, dtype
+    ):  # in the tiles that the tensor core reads, and that registers reach without bank conflicts
+        tile = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
+        return plgpu.SMEM(shape, dtype, transforms=() if interpret else (tile, plgpu.SwizzleTransform(128)))  # pyright: ignore[reportAbstractUsage]
+
+    page = shared((tiling.stages, B, H), dtype)
+    # A decode row fills a few of a warpgroup's rows: only those are worth their way to memory.
+    few = rows_in < 64
+    kept = rows_in if few else tiling.rows
+    scratch = dict(out_smem=shared((64, H), jnp.float32)) if few else {}
     landed = plgpu.Barrier(num_barriers=tiling.stages)
     consumed = plgpu.Barrier(num_arrivals=groups, num_barriers=tiling.stages)
     return plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((items, K, tiling.rows, H), jnp.float32),
+            jax.ShapeDtypeStruct((items, K, kept, H), jnp.float32),
             jax.ShapeDtypeStruct((items, K, tiling.rows), jnp.float32),
         ),
         grid=(K // together, items, together),
@@ -86,7 +96,7 @@ def partials(
         num_threads=groups + 1,
         thread_name="warpgroup",
         scratch_types=dict(
-            q_smem=plgpu.SMEM((groups, 64, H), dtype, transforms=tiled),
+            q_smem=shared((groups, 64, H), dtype),
             k_smem=page,
             v_smem=page,
             q_landed=plgpu.Barrier(num_barriers=groups),
@@ -95,6 +105,7 @@ def partials(
             k_consumed=consumed,
             v_consumed=consumed,
             zeroed=plgpu.Barrier(num_arrivals=groups),
+            **scratch,
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=False
@@ -122,6 +133,7 @@ def _attend_item(
     k_consumed,
     v_consumed,
     zeroed,
+    out_smem: Any = None,
     kv_shape,
     rows_in: int,
     tiling: Tiling,
@@ -243,4 +255,13 @@ def _attend_item(
         lse_ref[item.partial, head, row_slice] = jnp.where(unseen, MASKED, m + jnp.log(total) * log2(e))
         none = lax.broadcast_in_dim(unseen, out.shape, [0])
         out = jnp.where(none, 0.0, out * lax.broadcast_in_dim(1 / total, out.shape, [0]))
-        out_ref[item.partial, head, row_slice] = out
+        if out_smem is None:
+            out_ref[item.partial, head, row_slice] = out
+        else:
+
+            @pl.when(warpgroup == 0)
+            def _keep_few():
+                out_smem[...] = out
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, rows_in)], out_ref.at[item.partial, head])
+                plgpu.wait_smem_to_gmem(0)

@@ -1,6 +1,6 @@
 """Merging partial attentions by their log-sum-exp, in Mosaic GPU: those of a work list, or X of equal shape.
 
-A warpgroup takes one token and the query heads of one kv head. Partials are read a few at a time, all at once, and
+A warpgroup takes one token and one or several of its heads. Partials are read a few at a time, all at once, and
 summed in their order, so the result does not depend on timing.
 """
 
@@ -17,30 +17,38 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tensor_core as tc
 from pallas_kernels.reference import MASKED
-from pallas_kernels.work import Merge
+from pallas_kernels.work import SMS, Merge
+
+MANY_CTAS = 2 * SMS
 
 
 def merge_items(
-    out_IKMH: jax.Array, lse_IKM: jax.Array, merges_TW: jax.Array, *, heads_per_kv: int, at_once: int, interpret: Any
+    out_IKMH: jax.Array, lse_IKM: jax.Array, merges_TW: jax.Array, *, heads_per_kv: int, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
     """(out_TNH, lse_TN) of the partials of a work list's items; (0, MASKED) where there are none."""
     K, H, T, G = out_IKMH.shape[1], out_IKMH.shape[3], merges_TW.shape[0], heads_per_kv
+    # A few tokens leave SMs to spare, and may have many partials each: a head for each warpgroup, its loads in flight.
+    heads, at_once = (1, 32) if T * K * G <= MANY_CTAS else (G, max(1, 8 // G))
 
     def body(merges_ref, out_ref, lse_ref, merged_ref, merged_lse_ref):
-        token, head = lax.axis_index("token"), lax.axis_index("head")
+        token, group = lax.axis_index("token"), lax.axis_index("head")
         merge = Merge(*(merges_ref[token, w] for w in range(len(Merge._fields))))
 
         def read(i, g):
-            exists = i < merge.partials
-            at = (merge.first_partial + jnp.minimum(i, merge.partials - 1), head, merge.place * G + g)
+            exists, head = i < merge.partials, group * heads + g
+            at = (
+                merge.first_partial + jnp.minimum(i, merge.partials - 1),
+                lax.div(head, jnp.int32(G)),
+                merge.place * G + lax.rem(head, jnp.int32(G)),
+            )
             return tc.load(out_ref.at[at], _layout(H), interpret), jnp.where(exists, lse_ref[at], MASKED)
 
-        results = _merge_in_order(read, merge.partials, G, H, at_once, interpret)
+        results = _merge_in_order(read, merge.partials, heads, H, at_once, interpret)
         for g, (out, lse) in enumerate(results):
-            merged_ref[token, head * G + g] = out
-            merged_lse_ref[token, head * G + g] = lse
+            merged_ref[token, group * heads + g] = out
+            merged_lse_ref[token, group * heads + g] = lse
 
-    return _kernel(body, T, K, K * G, H, interpret)(merges_TW, out_IKMH, lse_IKM)
+    return _kernel(body, T, K * G // heads, K * G, H, interpret)(merges_TW, out_IKMH, lse_IKM)
 
 
 def merge_partials(out_XTNH: jax.Array, lse_XTN: jax.Array, *, interpret: Any = False) -> tuple[jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ from pallas_kernels.merge import merge_partials as merge_partials
 from pallas_kernels.work import SMS, Tiling, Work, work_list
 
 PAGE_TOKENS = 128
-DECODE = Tiling(rows=64, stages=2, waves=2, least_pages=2)
+DECODE = Tiling(rows=64, stages=1, waves=2, least_pages=2)
 
 
 def prefill_tiling(tokens: int, heads_per_kv: int, kv_heads: int, head_dim: int) -> Tiling:
@@ -117,5 +117,4 @@ def attend_work(
     q_NKMH = q_NtKGH.swapaxes(1, 2).reshape(tiles, K, t * G, H)
     q_NKMH = jnp.pad(q_NKMH, ((0, 0), (0, 0), (0, -(t * G) % 8), (0, 0)))
     parts = attend.partials(q_NKMH, kv_LP2KBH, layer, page_table_SJ, work, interpret=interpret)
-    at_once = max(1, (32 if t == 1 else 8) // max(4, G))
-    return merge.merge_items(*parts, work.merges_TW, heads_per_kv=G, at_once=at_once, interpret=interpret)
+    return merge.merge_items(*parts, work.merges_TW, heads_per_kv=G, interpret=interpret)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench_kernels, command_line, kernel_inputs, kernel_record, results, rivals
+from experiments import bench_kernels, clocks, command_line, kernel_inputs, kernel_record, results, rivals
 from experiments.kernel_inputs import BenchKernelsConfig
 from experiments.rivals import Shape
 from pallas_kernels import reference
@@ -17,7 +17,7 @@ TINY = [
     *("--impl", "reference", "--chunks", "[1, 16]", "--contexts", "[8, 64, 32]", "--head_dims", "[16]"),
     *("--query_heads", "4", "--kv_heads", "2", "--page_tokens", "8", "--batch_rows", "[2, 2]", "--batch_unit", "4"),
     *("--merge_tokens", "[4]", "--merge_partials", "[2]", "--matmul_size", "64", "--copy_bytes", "65536"),
-    *("--max_calls", "2", "--sample_ms", "0.1"),
+    *("--max_calls", "2", "--sample_ms", "0.1", "--sustained_chunks", "[16]", "--sustained_s", "0.01"),
 ]
 GRID = [(1, 64), (16, 64), (1, 32), (16, 32), (1, 8)]  # a chunk of 16 has no place in a context of 8
 
@@ -39,7 +39,8 @@ def run(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rivals, "REST_S", 0)
+        patch.setattr(clocks, "REST_S", 0)
+        patch.setattr(bench_kernels, "REST_S", 0)
         patch.setattr(rivals, "RIVALS", {"steady": steady, "elsewhere": steady})
         patch.setattr(rivals, "why_absent", lambda name: "is not here" if name == "elsewhere" else None)
         args = [*TINY, "--out", str(folder / "a.json"), "--plot", str(folder / "a.png"), "--check"]
@@ -87,7 +88,7 @@ def test_what_a_rival_reached_and_what_it_did_not(run):
 def test_no_rival_is_begun_when_time_is_up(monkeypatch):
     config, found = command_line.read(BenchKernelsConfig, TINY), kernel_record.Found(None)
     shape = config.shape(16, 64, 16)
-    bench_kernels.measure_rival(config, found, "torch flash", shape, end_s=0.0)
+    assert not bench_kernels.prepare_rivals(config, found, shape, ["torch flash"], end_s=0.0)
     assert not found.rows and found.absent == [{"by": "torch flash", **shape.where, "reason": "no time left"}]
 
 
@@ -160,20 +161,36 @@ def test_operations_and_bytes_against_brute_force(chunk, context):
     assert shape.full_flops == operations * sees.size / sees.sum()
 
 
-def test_samples_of_a_clock(monkeypatch):
-    monkeypatch.setattr(rivals, "REST_S", 0)
+def test_contenders_take_turns(monkeypatch):
+    monkeypatch.setattr(clocks, "REST_S", 0)
     asked = []
 
-    def clock(launches):
-        asked.append(launches)
-        return 1e-3 * launches * (1 + 0.01 * (len(asked) % 3))
+    def clock_of(name, launch_s):
+        def clock(launches):
+            asked.append((name, launches))
+            return launch_s * launches * (1 + 0.01 * (len(asked) % 5))
 
-    timing = rivals.time_calls(clock, 4, 10e-3)
-    assert asked[:2] == [1, 1] and set(asked[2:]) == {10} and len(asked) == 2 + 1 + rivals.MOST_SAMPLES
-    assert timing.median_s == pytest.approx(1.01e-3 / 4) and timing.spread_s == pytest.approx(0.02e-3 / 4)
+        return clock
+
+    timings = clocks.time_in_turns({"a": (clock_of("a", 1e-3), 4), "b": (clock_of("b", 1.0), 1)}, 10e-3)
+    assert asked[:4] == [("a", 1), ("a", 1), ("b", 1), ("b", 1)]
+    assert asked[4:] == [("a", 10), ("b", 1)] * clocks.ROUNDS
+    assert timings["a"].median_s == pytest.approx(1e-3 / 4, rel=0.05) and 0 < timings["a"].spread_s < 0.05e-3 / 4
+    assert timings["b"].median_s == pytest.approx(1.0, rel=0.05)
     asked.clear()
-    rivals.time_calls(lambda launches: clock(launches) * 1e3, 1, 10e-3)  # a second each: no more than needed
-    assert asked == [1] * (2 + rivals.LEAST_SAMPLES)
+    clocks.time_calls(clock_of("short", 1e-6), 1, 10e-3)
+    assert asked[-1] == ("short", clocks.MOST_LAUNCHES)
+
+
+def test_sustained_rates_of_ours_the_fastest_rival_and_the_matrix_product(run):
+    _, record, _ = run
+    rates = {row["by"]: row for row in record["rows"] if row["name"] == "sustained rate"}
+    assert set(rates) == {"ours", "matmul"} and all(row["value"] > 0 for row in rates.values())  # "steady" fails there
+    found = kernel_record.Found(None)
+    shape = Shape(16, 64, 16, 4, 2)
+    for by, median_s in (("slow", 2.0), ("fast", 1.0), ("ours", 0.5)):
+        found.measured(by, clocks.Timing(median_s, 0.0), shape, shape.flops, **shape.where)
+    assert found.fastest_rival(shape) == "fast" and found.fastest_rival(Shape(1, 64, 16, 4, 2)) is None
 
 
 def test_musts_are_those_of_the_targets():
