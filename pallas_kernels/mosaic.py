@@ -16,7 +16,7 @@ from pallas_kernels.merge import merge_partials as merge_partials
 from pallas_kernels.work import SMS, Tiling, Work, work_list
 
 PAGE_TOKENS = 128
-DECODE = Tiling(rows=64, stages=1, waves=2, least_pages=2)
+DECODE = Tiling(rows=64, stages=2, waves=2, least_pages=2)
 
 
 def prefill_tiling(tokens: int, heads_per_kv: int, kv_heads: int, head_dim: int) -> Tiling:
