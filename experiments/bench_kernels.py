@@ -280,6 +280,7 @@ def main(args: list[str] | None = None) -> int:
 
     bench_grid(config, found, save)
     bench_sustained(config, found)
+    save()
     if not config.quick:
         bench_merge(config, found, ceilings["copy_tb_per_s"])
     ceilings |= {f"{name}_at_the_end": value for name, value in measure_ceilings(config).items()}

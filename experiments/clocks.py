@@ -64,9 +64,13 @@ def _timing(samples_s: list[float]) -> Timing:
 
 
 def jax_clock(launch: Callable[[], Any]) -> Clock:
-    """Of what JAX runs: launches queue up behind other work, whose own time is taken off."""
+    """Of what JAX runs: launches queue up behind other work, whose own time is taken off.
+
+    That work runs once before: right after a rest it takes longer, which would be taken off too.
+    """
 
     def clock(launches: int) -> float:
+        _seconds_until(_busy)
         alone_s = _seconds_until(_busy)
 
         def queue() -> Any:
