@@ -7,24 +7,64 @@ do. It takes a CostModel of its own, so that a scheduler is judged by another's 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from mnemosyne_jax.config import MeshSpec, ServeConfig
 from mnemosyne_jax.serve.batch import Batch
 from mnemosyne_jax.serve.budget import BatchLoad, TickTime
 from mnemosyne_jax.serve.executor import StepResult
 
+type Stages = Literal["lock_step", "asynchronous"]
+
+
+@dataclass(frozen=True, eq=False)
+class StageRun:
+    """One batch in one stage: when it began, and when the stage was free for the next. All groups keep step."""
+
+    stage: int
+    begin_s: float
+    end_s: float
+    batch: Batch
+
+
+@dataclass(frozen=True, eq=False)
+class _InPipe:
+    batch: Batch
+    load: BatchLoad
+    work_s: tuple[float, ...]
+
 
 class SimExecutor:
-    """Lock-step ticks as the engine has them: all stages wait for the slowest."""
+    """Stages in lock step, as the engine has them: at each tick all wait for the slowest.
 
-    def __init__(self, serve: ServeConfig, mesh: MeshSpec, tick_time: TickTime):
+    With `asynchronous` stages, a stage begins a batch once it is free and has its input, whatever the others do; a
+    batch enters once the one `spp` before it has left, whose tokens it may need.
+
+    `work_s[group][stage]` is how long each has had rows to work on, at their own cost: not padding up to the program of
+    the tick, nor waiting for others. `report` gets what the stages did at each step.
+    """
+
+    def __init__(
+        self,
+        serve: ServeConfig,
+        mesh: MeshSpec,
+        tick_time: TickTime,
+        stages: Stages = "lock_step",
+        report: Callable[[tuple[StageRun, ...]], None] | None = None,
+    ):
         self.depth = mesh.spp - 1 + serve.ahead
         self._time, self._groups, self._ahead = tick_time, mesh.kvp, serve.ahead
-        self._pipe = deque([(Batch(-1), BatchLoad.empty(mesh.kvp))] * mesh.spp, maxlen=mesh.spp)  # newest first
+        self._lock_step, self._report = stages == "lock_step", report
+        nothing = _InPipe(Batch(-1), BatchLoad.empty(mesh.kvp), (0.0,) * mesh.kvp)
+        self._pipe = deque([nothing] * mesh.spp, maxlen=mesh.spp)  # newest first
+        self._left_s = deque([0.0] * mesh.spp, maxlen=mesh.spp)  # when each of them leaves, if that is known
+        self._free_s = [0.0] * mesh.spp  # when each stage is done with the newest batch
         self._unread: deque[StepResult] = deque()
         self._now_s = 0.0
         self.ticks_s: list[float] = []
+        self.work_s = [[0.0] * mesh.spp for _ in range(mesh.kvp)]
 
     def now(self) -> float:
         return self._now_s
@@ -36,20 +76,61 @@ class SimExecutor:
         """Lets time pass while nothing runs."""
         self._now_s = max(self._now_s, time_s)
 
-    def load(self, batch: Batch) -> BatchLoad:
-        """What a batch computes, by its rows alone."""
-        load = self._time.with_decodes(BatchLoad.empty(self._groups), batch.decodes)
-        for row in batch.chunks:
-            load = self._time.with_chunk(load, row.spans, row.group is None, row.start, row.length)
-        return load
-
     def step(self, batch: Batch) -> StepResult | None:
-        self._pipe.appendleft((batch, self.load(batch)))
-        seconds = self._time.seconds(tuple(load for _, load in self._pipe))
-        assert seconds is not None, "no program holds the batches in the pipe"
-        self._now_s += seconds
-        self.ticks_s.append(seconds)
-        leaving, _ = self._pipe[-1]
+        load = batch_load(self._time, self._groups, batch)
+        self._pipe.appendleft(_InPipe(batch, load, _work_s(self._time, load)))
+        runs = self._run_tick() if self._lock_step else self._run_batch()
+        for stage, ran in enumerate(self._pipe):
+            for group, seconds in enumerate(ran.work_s):
+                self.work_s[group][stage] += seconds
+        if self._report:
+            self._report(runs)
+        leaving = self._pipe[-1].batch
         zeros = (0,) * len(leaving.decodes), (0,) * len(leaving.chunks)
-        self._unread.append(StepResult(leaving, *zeros, {}, self._now_s))
+        self._unread.append(StepResult(leaving, *zeros, {}, self._left_s[-1]))
         return self._unread.popleft() if len(self._unread) > self._ahead else None
+
+    def _run_tick(self) -> tuple[StageRun, ...]:
+        """Each stage runs the batch that it holds, for as long as the slowest takes."""
+        seconds = self._seconds(tuple(ran.load for ran in self._pipe))
+        begin_s, self._now_s = self._now_s, self._now_s + seconds
+        self.ticks_s.append(seconds)
+        self._left_s[-1] = self._now_s
+        return tuple(StageRun(stage, begin_s, self._now_s, ran.batch) for stage, ran in enumerate(self._pipe))
+
+    def _run_batch(self) -> tuple[StageRun, ...]:
+        """The newest batch runs through all stages, from now on; time moves on to when the next one may enter."""
+        entered, runs, out_s = self._pipe[0], [], self._now_s
+        seconds = self._seconds((entered.load,))
+        for stage, free_s in enumerate(self._free_s):
+            begin_s = max(out_s, free_s)
+            out_s = self._free_s[stage] = begin_s + seconds
+            runs.append(StageRun(stage, begin_s, out_s, entered.batch))
+        self.ticks_s.append(seconds)
+        self._left_s.appendleft(out_s)
+        self._now_s = max(self._free_s[0], self._left_s[-1])
+        return tuple(runs)
+
+    def _seconds(self, loads: tuple[BatchLoad, ...]) -> float:
+        seconds = self._time.seconds(loads)
+        assert seconds is not None, "no program holds the batches in the pipe"
+        return seconds
+
+
+def batch_load(tick_time: TickTime, groups: int, batch: Batch) -> BatchLoad:
+    """What a batch computes, by its rows alone."""
+    load = tick_time.with_decodes(BatchLoad.empty(groups), batch.decodes)
+    for row in batch.chunks:
+        load = tick_time.with_chunk(load, row.spans, row.group is None, row.start, row.length)
+    return load
+
+
+def _work_s(tick_time: TickTime, load: BatchLoad) -> tuple[float, ...]:
+    """Seconds of a stage for the rows of each group, were there no other group and no other batch."""
+    made = []
+    for private, attention_s in zip(load.private_tokens, load.attention_s, strict=True):
+        rows = tick_time.program_rows(load.shared_tokens, private)
+        assert rows is not None, "no program holds a group of a batch"
+        idle = not (load.shared_tokens or private or attention_s)
+        made.append(0.0 if idle else tick_time.cost.program_s(*rows) + attention_s)
+    return tuple(made)
