@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnemosyne_jax import checkpoint, needle, snapshot
-from mnemosyne_jax.config import MeshSpec, ModelConfig, ServeConfig
+from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, ServeConfig
 from mnemosyne_jax.errors import GenerationError, RequestError
 from mnemosyne_jax.mesh import make_mesh, spec_of
 from mnemosyne_jax.model.attention import refuse_impl
 from mnemosyne_jax.model.params import Params
+from mnemosyne_jax.planning import hardware_of, tick_time, times_alone
 from mnemosyne_jax.runtime import JaxExecutor
 from mnemosyne_jax.serve.chunking import ChooseChunk, largest_chunk
 from mnemosyne_jax.serve.engine import Loop
@@ -126,18 +128,26 @@ class Engine:
         mesh: Any,
         serve: ServeConfig = ServeConfig(),
         choose_chunk: ChooseChunk = largest_chunk,
+        hardware: HardwareConfig | None = None,
     ):
+        """`hardware` predicts ticks (None: by the kind of the mesh's devices); `choose_chunk` is for `fixed` chunks."""
         self.config, self.params, self.mesh, self.serve = config, params, mesh, serve
-        if serve.policy != "fcfs":
-            log.warning("policy %s is not part of this version: requests are served in order of arrival", serve.policy)
+        self.hardware = hardware or hardware_of(mesh.devices.flat[0].device_kind)
+        known = "calibrated" if self.hardware.fitted else "not calibrated"
+        log.info("ticks are predicted for %s, %s", self.hardware.name, known)
         self.executor = JaxExecutor(config, params, serve, mesh)
+        spec, pool_pages = spec_of(mesh), self.executor.pool_pages
+        served = dataclasses.replace(config, dtype=self.executor.dtype.name)
+        ticks = tick_time(served, self.hardware, spec, serve)
         self.scheduler = Scheduler(
             serve,
-            spec_of(mesh),
-            pool_pages=self.executor.pool_pages,
+            spec,
+            pool_pages=pool_pages,
             vocab=config.vocab,
             fits=self.executor.fits,
             choose_chunk=choose_chunk,
+            tick_time=ticks if serve.chunking == "adaptive" else None,
+            prefill_times=times_alone(ticks, serve, pool_pages * serve.page_tokens * spec.kvp),
         )
         self.loop = Loop(self.scheduler, self.executor)
         self._handles: dict[str | int, Handle] = {}
@@ -147,7 +157,12 @@ class Engine:
 
     @classmethod
     def load(
-        cls, path: str | Path, mesh: MeshSpec = MeshSpec(), serve: ServeConfig = ServeConfig(), dtype: str | None = None
+        cls,
+        path: str | Path,
+        mesh: MeshSpec = MeshSpec(),
+        serve: ServeConfig = ServeConfig(),
+        dtype: str | None = None,
+        hardware: HardwareConfig | None = None,
     ) -> Engine:
         """An Engine over a local Hugging Face folder of safetensors, or a folder that `save` wrote.
 
@@ -161,21 +176,27 @@ class Engine:
         else:
             checkpoint.read_config(path).refuse_mesh(mesh)
             config, params = checkpoint.load(path, device_mesh := make_mesh(mesh), wanted)
-        return cls(config, params, device_mesh, serve)
+        return cls(config, params, device_mesh, serve, hardware=hardware)
 
     def save(self, path: str | Path) -> None:
         """Writes the weights with orbax in one layout that `load` restores onto any mesh."""
         snapshot.save(path, self.params, self.config)
 
     @classmethod
-    def needle(cls, mesh: MeshSpec = MeshSpec(), serve: ServeConfig = ServeConfig(), dtype: str = "float32") -> Engine:
+    def needle(
+        cls,
+        mesh: MeshSpec = MeshSpec(),
+        serve: ServeConfig = ServeConfig(),
+        dtype: str = "float32",
+        hardware: HardwareConfig | None = None,
+    ) -> Engine:
         """An Engine over the embedded retrieval model; `needle_prompt` makes prompts for it."""
         refuse_impl(serve.impl)
         config, tensors = needle.config(), needle.tensors()
         config.refuse_mesh(mesh)
         device_mesh = make_mesh(mesh)
         params = checkpoint.place(config, device_mesh, jnp.dtype(dtype), lambda name, index: tensors[name][index])
-        return cls(config, params, device_mesh, serve)
+        return cls(config, params, device_mesh, serve, hardware=hardware)
 
     def warmup(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Compiles every program this engine can need and allocates its memory; returns the number of programs.
@@ -196,8 +217,7 @@ class Engine:
         request = self.scheduler.check(request, self.now(), self.config.stop_ids)
         if request.id in self._handles:
             raise RequestError("id", request.id, "is already queued or running")
-        if not self._has_room():
-            raise RequestError("queue", self.serve.max_waiting, "is full: so many requests wait already")
+        self.scheduler.check_queue(self._arrivals)
         handle = self._handles[request.id] = Handle(self, request)
         self._arrivals.append(request)
         return handle
@@ -252,8 +272,12 @@ class Engine:
         rows = handle._sequence.logits
         return np.stack([rows[int(p)] for p in asked]) if len(asked) else np.zeros((0, self.config.vocab), np.float32)
 
-    def _has_room(self) -> bool:
-        return self.scheduler.waiting + len(self._arrivals) < self.serve.max_waiting
+    def _queue_has_room(self) -> bool:
+        try:
+            self.scheduler.check_queue(self._arrivals)
+        except RequestError:
+            return False
+        return True
 
     def _new_id(self) -> str:
         self._count += 1
@@ -264,7 +288,7 @@ class Engine:
         handles: list[Handle] = []
         try:
             for request in requests:
-                while not self._has_room():
+                while not self._queue_has_room():
                     self.tick()
                 handles.append(self.submit(request))
             while not all(handle.finished for handle in handles):

@@ -134,11 +134,15 @@ class ServeConfig:
     compiled (None: a sixteenth, a quarter and the whole of `chunk_tokens`). `ahead` is how many
     ticks are submitted before a token is read.
 
-    With a cost model prompts go in the order of `policy` (`serve/policy.py`) and chunks fill a time budget: while
-    anything decodes, a token of it may take `tbt_slo_s` through the whole pipe; else a tick may take `idle_tick_s`. A
-    long prompt that has slack yields up to the share `long_yield` of the budget to others. Where not even the smallest
-    chunk fits, one still runs every `least_chunk_every` ticks. Without one, and so in engines as yet, requests are
-    served in order of arrival, by token budget; a policy that is asked for is logged as not there.
+    Prompts go in the order of `policy` (`serve/policy.py`). Chunks are `adaptive`: they fill the time that a cost model
+    predicts. While anything decodes, a token of it may take `tbt_slo_s` through the whole pipe; else a tick may take
+    `idle_tick_s`, which is how long an arrival waits. A long prompt that has slack yields up to the share `long_yield`
+    of the budget to others. Where not even the smallest chunk fits, one still runs every `least_chunk_every` ticks.
+    `fixed` chunks fill the token budget, whatever time that takes.
+
+    At most `max_waiting` requests, and `max_waiting_tokens` of prompts (None: any), wait. A request that is `late`, so
+    that its deadline is predicted to be missed even if it ran alone from now on, is served in its turn, or demoted
+    behind all that are on time until ten times its deadline has passed, or, if the deadline was asked for, refused.
     """
 
     page_tokens: int = 128
@@ -152,8 +156,11 @@ class ServeConfig:
     placement: Literal["grow", "stripe"] = "stripe"
     span_tokens: int = 8192
     max_waiting: int = 4096
+    max_waiting_tokens: int | None = None
     ahead: int = 1
-    policy: Literal["fcfs", "fcfs_exclusive", "edf", "srpt", "lars"] = "fcfs"
+    policy: Literal["fcfs", "fcfs_exclusive", "edf", "srpt", "lars"] = "lars"
+    late: Literal["serve", "demote", "refuse"] = "serve"
+    chunking: Literal["adaptive", "fixed"] = "adaptive"
     tbt_slo_s: float = 0.030
     idle_tick_s: float = 0.25
     long_yield: float = 0.4
@@ -168,8 +175,10 @@ class ServeConfig:
         for name in COUNTS:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise RequestError(f"serve.{name}", getattr(self, name), "must be an integer of at least 1")
-        if self.pool_pages is not None and self.pool_pages < 1:
-            raise RequestError("serve.pool_pages", self.pool_pages, "must be at least 1")
+        for name in ("pool_pages", "max_waiting_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"serve.{name}", value, "must be at least 1")
         buckets = self.buckets
         if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
             raise RequestError("serve.chunk_buckets", buckets, "must be positive and strictly increasing")

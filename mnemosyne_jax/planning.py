@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax.numpy as jnp
 
-from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, ServeConfig
+from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, ServeConfig, from_yaml
 from mnemosyne_jax.model.inputs import step_shapes
 from mnemosyne_jax.serve.budget import TickTime
 from mnemosyne_jax.serve.chunking import STEP, largest_fitting
 from mnemosyne_jax.serve.cost import CostModel
 from mnemosyne_jax.serve.policy import PrefillTimes, prefill_times
 
+# Where the facts of devices are: beside the package in a checkout, in it when installed.
+HARDWARE_FOLDERS = Path(__file__).parents[1] / "configs" / "hardware", Path(__file__).parent / "hardware"
 ACTIVATION_FRACTION = 0.15  # of a device's memory, kept for a tick's activations and the compiler's temporaries
 
 
@@ -60,6 +63,13 @@ def pages_that_fit(model: ModelConfig, hardware: HardwareConfig, mesh: MeshSpec,
     """Pages in each kvp group, as many as the memory of its devices has room for beside the weights."""
     longest = plan(model, hardware, mesh, 0).longest_context_tokens
     return longest // mesh.kvp // page_tokens
+
+
+def hardware_of(device_kind: str) -> HardwareConfig:
+    """The facts of a kind of device, such as "NVIDIA H100 80GB HBM3", if they are known; else those of a small CPU."""
+    known = {path.stem: path for folder in HARDWARE_FOLDERS for path in sorted(folder.glob("*.yaml"))}
+    named = [path for name, path in known.items() if name in device_kind.lower()]
+    return from_yaml(HardwareConfig, named[0]) if named else HardwareConfig()
 
 
 def tick_time(model: ModelConfig, hardware: HardwareConfig, mesh: MeshSpec, serve: ServeConfig) -> TickTime:

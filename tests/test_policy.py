@@ -9,9 +9,10 @@ from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, from_yam
 from mnemosyne_jax.serve.chunking import STEP, largest_fitting
 from mnemosyne_jax.serve.cost import CostModel
 from mnemosyne_jax.serve.policy import (
+    DEMOTED_DEADLINES,
     LEAST_DEADLINE_S,
     PrefillTimes,
-    deadline_s,
+    facts,
     prefill_times,
     priority,
     relative_slack,
@@ -22,7 +23,7 @@ COST = CostModel(
     from_yaml(ModelConfig, "configs/model/llama-3-8b.yaml"), from_yaml(HardwareConfig, "configs/hardware/h100.yaml"),
     MeshSpec(tp=8),
 )  # fmt: skip
-LINEAR = PrefillTimes(np.array([0, 10_000_000]), np.array([0.0, 1000.0]))  # 0.1 ms a token
+LINEAR = PrefillTimes([0, 10_000_000], [0.0, 1000.0])  # 0.1 ms a token
 
 
 def sequence(tokens, arrival_s=0.0, done=0, deadline_s=None):
@@ -56,13 +57,26 @@ def test_table_is_the_sum_of_the_chunks():
         if done >= wanted:
             assert times.alone_s(done) == pytest.approx(took_s, rel=0.01)
             wanted = next(checked, None)
-    assert times.remaining_s(1_000_000, 400_000) == times.alone_s(1_000_000) - times.alone_s(400_000)
+    lengths = [0, 1, 31, 33, 999_999, times.lengths[-1]]
+    assert [times.alone_s(n) for n in lengths] == pytest.approx(np.interp(lengths, times.lengths, times.seconds))
 
 
-def test_deadlines_are_asked_or_derived():
-    assert deadline_s(sequence(1_000_000, arrival_s=7.0), LINEAR) == pytest.approx(7 + 150)
-    assert deadline_s(sequence(10, arrival_s=7.0), LINEAR) == 7 + LEAST_DEADLINE_S
-    assert deadline_s(sequence(10, arrival_s=7.0, deadline_s=3.0), LINEAR) == 10
+def test_facts_of_a_request():
+    assert facts(sequence(1_000_000, arrival_s=7.0), LINEAR) == pytest.approx((7, 7 + 150, 100, 100))
+    assert facts(sequence(1_000_000, done=400_000), LINEAR) == pytest.approx((0, 150, 60, 100))
+    assert facts(sequence(10, arrival_s=7.0), LINEAR)[1] == 7 + LEAST_DEADLINE_S
+    assert facts(sequence(10, arrival_s=7.0, deadline_s=3.0), LINEAR)[1] == 10
+
+
+def test_late_requests_are_demoted_for_a_time():
+    """Behind all that are on time, in any policy; past ten times the deadline they have their turn again."""
+    late, fresh = sequence(1_000_000), sequence(1_000_000, arrival_s=60.0)  # 100 s of work, due after 150
+    for policy in ("lars", "edf", "srpt", "fcfs"):
+        first = lambda now_s, **how: min((late, fresh), key=lambda s: priority(policy, s, now_s, LINEAR, **how))  # noqa: B023, E731
+        assert first(60.0) is late and first(60.0, demote_late=True) is fresh
+        assert first(49.0, demote_late=True) is late
+        forgiven_s = DEMOTED_DEADLINES * 150.0 + 0.1
+        assert priority(policy, late, forgiven_s, LINEAR, True) == priority(policy, late, forgiven_s, LINEAR)
 
 
 def test_lars_lets_a_short_one_pass_and_finishes_what_is_late():

@@ -9,7 +9,7 @@ from mnemosyne_jax.serve.policy import PrefillTimes, priority, relative_slack
 from mnemosyne_jax.serve.request import Request, Sequence, Timeline
 from mnemosyne_jax.serve.waiting import WaitingQueue
 
-LINEAR = PrefillTimes(np.array([0, 10_000_000]), np.array([0.0, 1000.0]))
+LINEAR = PrefillTimes([0, 10_000_000], [0.0, 1000.0])
 PROMPT = np.zeros(10_000_000, np.int32)
 requests = st.lists(st.tuples(st.integers(1, 10_000_000), st.floats(0, 100)), min_size=1, max_size=30)
 
@@ -32,6 +32,7 @@ def test_order_is_that_of_the_policy(policy, asked, now_s, data):
         sequences.remove(sequence)
     found = list(queue.in_order(now_s))
     assert len(queue) == len(found) == len(sequences)
+    assert queue.tokens == sum(len(sequence.request.prompt) for sequence in sequences)
     keys = [priority(policy, sequence, now_s, LINEAR) for sequence, _ in found]
     assert keys == sorted(keys) and {id(s) for s, _ in found} == {id(s) for s in sequences}
     for sequence, lets_others_pass in found:

@@ -6,8 +6,9 @@ pipe, at the rows of the smallest program that holds each of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 from mnemosyne_jax.serve.batch import DecodeRow
 from mnemosyne_jax.serve.chunking import largest_fitting
@@ -35,20 +36,26 @@ class BatchLoad:
 
 @dataclass(frozen=True)
 class TickTime:
-    """Predicts ticks from the loads in the pipe, the newest first."""
+    """Predicts ticks from the loads in the pipe."""
 
     cost: CostModel
     program_rows: ProgramRows
     page_tokens: int
+    _programs_s: dict[tuple[int, int] | None, float | None] = field(default_factory=dict, compare=False)
+
+    def program_s(self, shared_tokens: int, private_tokens: int) -> float | None:
+        """All but attention, at the smallest program that holds such chunks; None if there is none."""
+        rows = self.program_rows(shared_tokens, private_tokens)
+        if rows not in self._programs_s:  # of a few programs, asked for many times a tick
+            self._programs_s[rows] = None if rows is None else self.cost.program_s(*rows)
+        return self._programs_s[rows]
 
     def seconds(self, pipe: tuple[BatchLoad, ...]) -> float | None:
         """Of a tick with these batches in the pipe; None if no program holds them."""
         shared = max(load.shared_tokens for load in pipe)
         private = max(max(load.private_tokens) for load in pipe)
-        rows = self.program_rows(shared, private)
-        if rows is None:
-            return None
-        return self.cost.program_s(*rows) + max(max(load.attention_s) for load in pipe)
+        program_s = self.program_s(shared, private)
+        return None if program_s is None else program_s + max(max(load.attention_s) for load in pipe)
 
     def with_decodes(self, load: BatchLoad, rows: Iterable[DecodeRow]) -> BatchLoad:
         """The load with these decode rows."""
@@ -56,8 +63,8 @@ class TickTime:
         for row in rows:
             for span in row.spans:
                 keys[span.group] += span.local_tokens(row.position + 1, self.page_tokens)
-        attention_s = (s + self.cost.decode_s(k) for s, k in zip(load.attention_s, keys, strict=True))
-        return replace(load, attention_s=tuple(attention_s))
+        attention_s = tuple(s + self.cost.decode_s(k) for s, k in zip(load.attention_s, keys, strict=True))
+        return BatchLoad(load.shared_tokens, load.private_tokens, attention_s)
 
     def with_chunk(self, load: BatchLoad, spans: tuple[Span, ...], shared: bool, start: int, tokens: int) -> BatchLoad:
         """The load with `tokens` more of a prompt of which `start` are stored."""
@@ -70,27 +77,51 @@ class TickTime:
         return BatchLoad(load.shared_tokens + (tokens if shared else 0), tuple(private), tuple(attention_s))
 
 
-@dataclass
 class TickBudget:
-    """A tick under construction: the load of its batch so far, and the older ones in the pipe."""
+    """A tick under construction: the load of its batch so far, beside the older ones in the pipe."""
 
-    tick_time: TickTime
-    older: tuple[BatchLoad, ...]
-    load: BatchLoad
+    def __init__(self, tick_time: TickTime, older: Iterable[BatchLoad], load: BatchLoad):
+        self._time, self.load = tick_time, load
+        older = list(older)
+        self._older_shared = max((one.shared_tokens for one in older), default=0)
+        self._older_private = max((max(one.private_tokens) for one in older), default=0)
+        self._older_attention_s = max((max(one.attention_s) for one in older), default=0.0)
+
+    def seconds(self) -> float:
+        """Of the tick so far; infinite if no program holds it."""
+        load = self.load
+        shared, private = max(self._older_shared, load.shared_tokens), max(self._older_private, *load.private_tokens)
+        program_s = self._time.program_s(shared, private)
+        return math.inf if program_s is None else program_s + max(self._older_attention_s, *load.attention_s)
 
     def largest_chunk(self, sequence: Sequence, room_tokens: int, budget_s: float) -> int:
         """The largest next chunk of a prompt with which the tick is predicted to keep `budget_s`; 0 for none."""
+        ticks, load, start = self._time, self.load, sequence.prompt_scheduled
+        page_tokens, chunk_s = ticks.page_tokens, ticks.cost.chunk_s
+        shared_tokens = max(self._older_shared, load.shared_tokens)
+        private_tokens = max(self._older_private, *load.private_tokens)
+        other_s = max(self._older_attention_s, *load.attention_s)
+        # What the search does not change is looked up once: (seconds so far, span, keys before) of each group.
+        held = [(load.attention_s[s.group], s, s.local_tokens(start, page_tokens)) for s in sequence.spans]
+        group = sequence.group
 
         def fits(tokens: int) -> bool:
-            seconds = self.tick_time.seconds((self._with(sequence, tokens), *self.older))
-            return seconds is not None and seconds <= budget_s
+            if group is None:
+                program_s = ticks.program_s(max(shared_tokens, load.shared_tokens + tokens), private_tokens)
+            else:
+                program_s = ticks.program_s(shared_tokens, max(private_tokens, load.private_tokens[group] + tokens))
+            if program_s is None or program_s + other_s > budget_s:
+                return False
+            if group is not None:  # all of a private prompt's keys are in its group
+                return program_s + held[0][0] + chunk_s(tokens, held[0][2], tokens) <= budget_s
+            return all(
+                program_s + so_far_s + chunk_s(tokens, before, span.local_tokens(start + tokens, page_tokens) - before)
+                <= budget_s
+                for so_far_s, span, before in held
+            )
 
-        left = len(sequence.request.prompt) - sequence.prompt_scheduled
-        return largest_fitting(left, room_tokens, fits)
+        return largest_fitting(len(sequence.request.prompt) - start, room_tokens, fits)
 
     def add_chunk(self, sequence: Sequence, tokens: int) -> None:
-        self.load = self._with(sequence, tokens)
-
-    def _with(self, sequence: Sequence, tokens: int) -> BatchLoad:
         shared = sequence.group is None
-        return self.tick_time.with_chunk(self.load, sequence.spans, shared, sequence.prompt_scheduled, tokens)
+        self.load = self._time.with_chunk(self.load, sequence.spans, shared, sequence.prompt_scheduled, tokens)

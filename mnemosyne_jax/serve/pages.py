@@ -22,7 +22,11 @@ class Span:
 
     def local_tokens(self, tokens: int, page_tokens: int) -> int:
         """How many of the request's first `tokens` tokens are held here."""
-        return int(local_tokens(tokens, self.start, self.stride, len(self.pages), page_tokens))
+        # The rule of `local_tokens` below on plain integers: the scheduler asks for every row of every tick.
+        (whole, rest), pages = divmod(tokens, page_tokens), len(self.pages)
+        full = min(max(-((self.start - whole) // self.stride), 0), pages)
+        last_is_here = full < pages and self.start + self.stride * full == whole
+        return full * page_tokens + (rest if last_is_here else 0)
 
     def touched(self, begin: int, end: int, page_tokens: int) -> tuple[int, int]:
         """The local pages [first, last) that tokens [begin, end) are the first to use."""

@@ -14,7 +14,9 @@ Source: arXiv 2409.17264v5 (LARS); there without the floor.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,22 +28,22 @@ type Number = Any  # a float, or an array of them
 
 DEADLINE_FACTOR, LEAST_DEADLINE_S = 1.5, 0.5  # of the prefill alone
 LEAST_WORK_S = 0.05  # of a request, when its slack is put in relation to it
+DEMOTED, DEMOTED_DEADLINES = 1e12, 10  # more than any key; for how many times its deadline a late request is
 
 
 @dataclass(frozen=True, eq=False)
 class PrefillTimes:
     """Seconds that a prompt takes alone, by its length: `seconds[i]` for `lengths[i]` tokens, increasing from 0."""
 
-    lengths: np.ndarray
-    seconds: np.ndarray
+    lengths: Seq[int]
+    seconds: Seq[float]
 
     def alone_s(self, tokens: int) -> float:
-        """Of a whole prompt."""
-        return float(np.interp(tokens, self.lengths, self.seconds))
-
-    def remaining_s(self, tokens: int, done: int) -> float:
-        """Of what is left of it."""
-        return self.alone_s(tokens) - self.alone_s(done)
+        """Of a whole prompt; between the lengths of the table, by a straight line."""
+        i = min(max(bisect_left(self.lengths, tokens), 1), len(self.lengths) - 1)
+        before, after = self.lengths[i - 1], self.lengths[i]
+        share = min((tokens - before) / (after - before), 1.0)
+        return self.seconds[i - 1] + share * (self.seconds[i] - self.seconds[i - 1])
 
 
 def prefill_times(chunk_of: Callable[[int], int], tick_s: Callable[[int, int], float], longest: int) -> PrefillTimes:
@@ -56,28 +58,39 @@ def prefill_times(chunk_of: Callable[[int], int], tick_s: Callable[[int, int], f
         chunks = max(1, done // (64 * chunk))
         lengths.append(done + chunk * chunks)
         seconds.append(seconds[-1] + chunks * tick_s(done + chunk * (chunks - 1) // 2, chunk))
-    return PrefillTimes(np.array(lengths), np.array(seconds))
-
-
-def deadline_s(sequence: Sequence, times: PrefillTimes) -> float:
-    """When the first token is due, on the executor's clock: as asked, or in proportion to the prefill alone."""
-    asked_s = sequence.request.deadline_s
-    if asked_s is None:
-        asked_s = max(DEADLINE_FACTOR * times.alone_s(len(sequence.request.prompt)), LEAST_DEADLINE_S)
-    return sequence.timeline.arrival_s + asked_s
+    return PrefillTimes(lengths, seconds)
 
 
 def relative_slack(sequence: Sequence, now_s: float, times: PrefillTimes) -> float:
     """Time to spare in units of the request's own work; negative once the deadline cannot be kept."""
-    return priority("lars", sequence, now_s, times)
+    return float(key("lars", now_s, *facts(sequence, times)))
 
 
-def priority(policy: str, sequence: Sequence, now_s: float, times: PrefillTimes) -> float:
+def priority(policy: str, sequence: Sequence, now_s: float, times: PrefillTimes, demote_late: bool = False) -> float:
     """The key of a policy: the smallest goes first, ties by arrival."""
-    tokens = len(sequence.request.prompt)
-    left_s = times.remaining_s(tokens, sequence.prompt_scheduled)
-    facts = sequence.timeline.arrival_s, deadline_s(sequence, times), left_s, times.alone_s(tokens)
-    return float(key(policy, now_s, *facts))
+    known = facts(sequence, times)
+    first = key(policy, now_s, *known)
+    return float(first + DEMOTED * demoted(now_s, *known[:3]) if demote_late else first)
+
+
+def facts(sequence: Sequence, times: PrefillTimes) -> tuple[float, float, float, float]:
+    """What a key depends on beside the time: arrival, deadline, work left and work in all, in seconds.
+
+    The first token is due as asked, or in proportion to the prefill alone; the time is that of the executor's clock.
+    """
+    arrival_s, due_after_s = sequence.timeline.arrival_s, sequence.request.deadline_s
+    work_s = left_s = times.alone_s(len(sequence.request.prompt))
+    if sequence.prompt_scheduled:
+        left_s -= times.alone_s(sequence.prompt_scheduled)
+    if due_after_s is None:
+        due_after_s = max(DEADLINE_FACTOR * work_s, LEAST_DEADLINE_S)
+    return arrival_s, arrival_s + due_after_s, left_s, work_s
+
+
+def demoted(now_s: float, arrival_s: Number, due_s: Number, left_s: Number) -> Number:
+    """Whether a request is late, but not so late that it must have its turn after all."""
+    late = now_s + left_s > due_s
+    return late & (now_s - arrival_s <= DEMOTED_DEADLINES * (due_s - arrival_s))
 
 
 def key(policy: str, now_s: float, arrival_s: Number, due_s: Number, left_s: Number, work_s: Number) -> Number:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -12,26 +13,21 @@ from mnemosyne_jax.serve.budget import BatchLoad, TickBudget, TickTime
 from mnemosyne_jax.serve.chunking import STEP, ChooseChunk, largest_chunk
 from mnemosyne_jax.serve.executor import NOT_FINITE, StepResult
 from mnemosyne_jax.serve.placement import Places
-from mnemosyne_jax.serve.policy import PrefillTimes, priority, relative_slack
+from mnemosyne_jax.serve.policy import PrefillTimes, facts, priority, relative_slack
 from mnemosyne_jax.serve.request import Phase, Request, Sequence, Timeline, checked
+from mnemosyne_jax.serve.room import ChunkRoom
 from mnemosyne_jax.serve.waiting import WaitingQueue
 
+log = logging.getLogger("mnemosyne_jax")
 MOST_PASSED = 32  # requests without room that a tick looks past: it has other things to do
-
-
-class _Taken:
-    """Chunk rows and tokens that a tick has so far, by group; None: shared by all."""
-
-    def __init__(self, groups: int):
-        self.rows: dict[int | None, int] = {None: 0} | dict.fromkeys(range(groups), 0)
-        self.tokens = dict(self.rows)
 
 
 class Scheduler:
     """Sole owner of Sequences and of their Places. It never reads a clock and never sees a token before it must.
 
-    `fits(shared_tokens, private_tokens)` says whether a compiled program holds these chunk areas. With `tick_time` and
-    `prefill_times` chunks fill a time budget in the order of the policy; without, a token budget in order of admission.
+    `fits(shared_tokens, private_tokens)` says whether a compiled program holds these chunk areas. With `prefill_times`
+    requests go in the order of the policy, without in order of arrival. With `tick_time` chunks fill a time budget,
+    without a token budget, as `choose_chunk` says.
     """
 
     def __init__(
@@ -46,7 +42,7 @@ class Scheduler:
         tick_time: TickTime | None = None,
         prefill_times: PrefillTimes | None = None,
     ):
-        assert (tick_time is None) == (prefill_times is None), "one needs the other"
+        assert tick_time is None or prefill_times, "a time budget goes by the policy"
         self.serve, self.mesh, self.vocab = serve, mesh, vocab
         self._fits, self._choose_chunk = fits, choose_chunk
         self._tick_time, self._prefill_times = tick_time, prefill_times
@@ -55,10 +51,11 @@ class Scheduler:
         )  # of the pipe, newest first
         self._last_chunk_tick = -1
         self.forced_chunks = 0  # chunks that ran although their tick was predicted to be over budget
+        self.crowded_ticks = 0  # ticks whose decodes alone were
         self.places = Places(serve, mesh, pool_pages)
         self.tick = 0  # the next to be submitted
         self.sequences: dict[str | int, Sequence] = {}  # waiting and running
-        self._waiting = WaitingQueue(serve.policy, prefill_times)
+        self._waiting = WaitingQueue(serve.policy, prefill_times, serve.late == "demote")
         self._running: list[Sequence] = []  # in order of admission
 
     # Requests in and out.
@@ -78,7 +75,25 @@ class Scheduler:
 
         Raises: RequestError if it can never be served as asked.
         """
-        return checked(request, self.vocab, self.longest, now_s, stop_ids)
+        request = checked(request, self.vocab, self.longest, now_s, stop_ids)
+        if self.serve.late == "refuse" and request.deadline_s is not None and self._prefill_times:
+            alone_s = self._prefill_times.alone_s(len(request.prompt))
+            if now_s + alone_s > (request.arrival_s or 0.0) + request.deadline_s:
+                raise RequestError(
+                    "deadline_s", request.deadline_s, f"is too short: alone it would take {alone_s:.3g} s"
+                )
+        return request
+
+    def check_queue(self, waiting: Iterable[Request] = ()) -> None:
+        """Raises: RequestError if the queue, with these beside it, has no room for another request."""
+        most, more = self.serve.max_waiting_tokens, list(waiting)
+        if self.waiting + len(more) >= self.serve.max_waiting:
+            raise RequestError(
+                "queue", self.waiting + len(more), f"is full: at most {self.serve.max_waiting} requests wait"
+            )
+        tokens = self._waiting.tokens + sum(len(request.prompt) for request in more)
+        if most is not None and tokens >= most:
+            raise RequestError("queue", tokens, f"is full: no request is taken while {most} tokens of prompts wait")
 
     def submit(self, request: Request, now_s: float, stop_ids: tuple[int, ...] = ()) -> Sequence:
         """The Sequence of an accepted request, queued.
@@ -88,8 +103,7 @@ class Scheduler:
         request = self.check(request, now_s, stop_ids)
         if request.id in self.sequences:
             raise RequestError("id", request.id, "is already queued or running")
-        if self.waiting >= self.serve.max_waiting:
-            raise RequestError("queue", self.waiting, f"is full: at most {self.serve.max_waiting} requests wait")
+        self.check_queue()
         return self.enqueue(request)
 
     def enqueue(self, request: Request) -> Sequence:
@@ -119,7 +133,7 @@ class Scheduler:
         self.places.drain(self.tick - self.mesh.spp)
         self._admit(now_s)
         decodes = tuple(self._decode_rows())
-        chunks = tuple(self._chunk_rows() if self._tick_time is None else self._timed_chunk_rows(decodes, now_s))
+        chunks = tuple(self._chunk_rows(now_s) if self._tick_time is None else self._timed_chunk_rows(decodes, now_s))
         batch = Batch(self.tick, decodes, chunks)
         self.tick += 1
         return batch
@@ -164,30 +178,38 @@ class Scheduler:
                 s.tokens_scheduled += 1
                 s.next_tick, s.last_tick = self.tick + self.mesh.spp, self.tick
 
-    def _chunk_rows(self) -> Iterable[ChunkRow]:
-        """Chunks by token budget, in order of admission."""
-        taken = _Taken(self.mesh.kvp)
-        for s in self._running:
-            if s.prompt_scheduled < len(s.request.prompt) and (room := self._room(taken, s)):
+    def _chunk_rows(self, now_s: float) -> Iterable[ChunkRow]:
+        """Chunks by token budget."""
+        area = ChunkRoom(self.serve, self.mesh.kvp, self._fits)
+        for s in self._prefills(now_s):
+            if room := area.tokens_for(s):
                 length = self._choose_chunk(s, room)
                 if length:
-                    yield self._take_chunk(taken, s, length)
+                    yield self._take_chunk(area, s, length)
+
+    def _prefills(self, now_s: float) -> list[Sequence]:
+        """Prompts under way that may have a chunk, the first to have one first."""
+        serve, times = self.serve, self._prefill_times
+        prefills = [s for s in self._running if s.prompt_scheduled < len(s.request.prompt)]
+        if times and len(prefills) > 1:  # a stable sort: ties by admission
+            prefills.sort(key=lambda s: priority(serve.policy, s, now_s, times, serve.late == "demote"))
+        return prefills[:1] if times and serve.policy == "fcfs_exclusive" else prefills
 
     def _timed_chunk_rows(self, decodes: tuple[DecodeRow, ...], now_s: float) -> Iterable[ChunkRow]:
-        """Chunks by time budget, in the order of the policy; at most one long prompt in any group."""
-        serve, taken = self.serve, _Taken(self.mesh.kvp)
+        """Chunks by time budget; at most one long prompt in any group."""
+        serve, area = self.serve, ChunkRoom(self.serve, self.mesh.kvp, self._fits)
         tick_time, times = self._tick_time, self._prefill_times
         assert tick_time and times
         empty = BatchLoad.empty(self.mesh.kvp)
-        budget = TickBudget(tick_time, tuple(self._loads), tick_time.with_decodes(empty, decodes))
+        budget = TickBudget(tick_time, self._loads, tick_time.with_decodes(empty, decodes))
         decoding = any(s.tokens_scheduled for s in self._running)
         budget_s = serve.tbt_slo_s / self.mesh.spp if decoding else serve.idle_tick_s
-        prefills = [s for s in self._running if s.prompt_scheduled < len(s.request.prompt)]
-        prefills.sort(key=lambda s: priority(serve.policy, s, now_s, times))  # stable: ties by admission
-        long_groups: set[int] = set()
-        for s in prefills[:1] if serve.policy == "fcfs_exclusive" else prefills:
+        if decodes and budget.seconds() > budget_s:
+            self._say_crowded(budget.seconds(), budget_s)
+        prefills, long_groups = self._prefills(now_s), set[int]()
+        for s in prefills:
             groups, long = {span.group for span in s.spans}, len(s.request.prompt) > serve.span_tokens
-            room = 0 if long and groups & long_groups else self._room(taken, s)
+            room = 0 if long and groups & long_groups else area.tokens_for(s)
             if not room:
                 continue
             share = 1.0
@@ -201,14 +223,21 @@ class Scheduler:
                 long_groups |= groups if long else set()
                 budget.add_chunk(s, length)
                 self._last_chunk_tick = self.tick
-                yield self._take_chunk(taken, s, length)
+                yield self._take_chunk(area, s, length)
         if self.mesh.spp > 1:
             self._loads.appendleft(budget.load)
 
-    def _take_chunk(self, taken: _Taken, s: Sequence, length: int) -> ChunkRow:
+    def _say_crowded(self, predicted_s: float, budget_s: float) -> None:
+        if not self.crowded_ticks:
+            log.warning(
+                "decodes alone are predicted to take %.1f ms, more than the %.1f ms of a tick: admit fewer rows, or "
+                "spread them over more devices", 1e3 * predicted_s, 1e3 * budget_s,
+            )  # fmt: skip
+        self.crowded_ticks += 1
+
+    def _take_chunk(self, area: ChunkRoom, s: Sequence, length: int) -> ChunkRow:
         row = ChunkRow(s.request, s.slot, s.group, s.spans, s.prompt_scheduled, length)
-        taken.rows[s.group] += 1
-        taken.tokens[s.group] += length
+        area.take(s, length)
         s.prompt_scheduled += length
         s.last_tick = self.tick
         if s.prompt_scheduled == len(s.request.prompt):
@@ -216,35 +245,29 @@ class Scheduler:
             s.next_tick = self.tick + self.mesh.spp
         return row
 
-    def _room(self, taken: _Taken, s: Sequence) -> int:
-        """Tokens that a sequence may still add: in the budget of every group it loads, in a program that exists."""
-        serve, group, tokens = self.serve, s.group, taken.tokens
-        if taken.rows[group] == (serve.shared_chunks if group is None else serve.private_chunks):
-            return 0
-        shared, private = tokens[None], max(tokens[g] for g in range(self.mesh.kvp))
-        loaded = private if group is None else tokens[group]
-        room = serve.chunk_tokens - shared - loaded
-        if group is None:
-            sizes = [b - shared for b in serve.buckets if self._fits(b, private)]
-        else:
-            sizes = [b - loaded for b in serve.buckets if self._fits(shared, b)]
-        return max(0, min(room, max(sizes, default=0)))
-
     # Into and out of the groups.
 
     def _admit(self, now_s: float) -> None:
         """Places waiting requests in order, until one that finds no room must not be passed."""
         if not self.places.any_slot_free:
             return
-        passed = 0
+        passed, refuses = 0, self.serve.late == "refuse"
         for sequence, lets_others_pass in self._waiting.in_order(now_s):
-            if self.places.place(sequence, self._running):
+            if refuses and sequence.request.deadline_s is not None and self._too_late(sequence, now_s):
+                self._finish(sequence, "refused: its deadline can no longer be kept")
+            elif self.places.place(sequence, self._running):
                 self._waiting.remove(sequence)
                 sequence.phase = Phase.PREFILL
                 sequence.timeline.admitted_s = now_s
                 self._running.append(sequence)
             elif not lets_others_pass or (passed := passed + 1) == MOST_PASSED:
                 break
+
+    def _too_late(self, sequence: Sequence, now_s: float) -> bool:
+        if self._prefill_times is None:
+            return False
+        _, due_s, left_s, _ = facts(sequence, self._prefill_times)
+        return now_s + left_s > due_s
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         if sequence.phase is Phase.WAITING:

@@ -6,38 +6,37 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mnemosyne_jax.serve.policy import PrefillTimes, deadline_s, key
+from mnemosyne_jax.serve.policy import DEMOTED, PrefillTimes, demoted, facts, key
 from mnemosyne_jax.serve.request import Sequence
 
 
 class WaitingQueue:
-    """Sequences in the order of a policy; without `times` in order of arrival in the queue.
+    """Sequences in the order of a policy; without `times` in order of arrival in the queue."""
 
-    The order of all is one sort of an array, which is kept while nobody comes or goes.
-    """
-
-    def __init__(self, policy: str, times: PrefillTimes | None):
-        self._policy, self._times = policy, times
+    def __init__(self, policy: str, times: PrefillTimes | None, demote_late: bool = False):
+        self._policy, self._times, self._demote_late = policy, times, demote_late
         self._sequences: list[Sequence] = []
-        self._facts: list[tuple[float, float, float]] = []  # arrival, deadline, work, in seconds
-        self._columns: np.ndarray | None = None  # the facts as an array, once asked for
+        # Arrival, deadline and work of each, in seconds; the table grows by doubling, and keeps the order of the list.
+        self._facts = np.zeros((3, 16))
+        self.tokens = 0  # of all prompts
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     def append(self, sequence: Sequence) -> None:
-        facts = (sequence.timeline.arrival_s, 0.0, 0.0)
+        count = len(self._sequences)
+        if count == self._facts.shape[1]:
+            self._facts = np.concatenate([self._facts, np.zeros_like(self._facts)], axis=1)
         if self._times:
-            work_s = self._times.alone_s(len(sequence.request.prompt))
-            facts = (facts[0], deadline_s(sequence, self._times), work_s)
+            self._facts[:, count] = facts(sequence, self._times)[:3]  # nothing is done yet: all work is left
         self._sequences.append(sequence)
-        self._facts.append(facts)
-        self._columns = None
+        self.tokens += len(sequence.request.prompt)
 
     def remove(self, sequence: Sequence) -> None:
-        at = self._sequences.index(sequence)
-        del self._sequences[at], self._facts[at]
-        self._columns = None
+        at, count = self._sequences.index(sequence), len(self._sequences)
+        self._facts[:, at : count - 1] = self._facts[:, at + 1 : count]
+        del self._sequences[at]
+        self.tokens -= len(sequence.request.prompt)
 
     def in_order(self, now_s: float) -> Iterator[tuple[Sequence, bool]]:
         """(sequence, whether those behind it may pass it if it finds no room), the first to be admitted first.
@@ -47,11 +46,14 @@ class WaitingQueue:
         if self._times is None or not self._sequences:
             yield from ((sequence, False) for sequence in list(self._sequences))
             return
-        if self._columns is None:
-            self._columns = np.array(self._facts).T
-        arrival_s, due_s, work_s = self._columns
-        keys = key(self._policy, now_s, arrival_s, due_s, work_s, work_s)  # nothing is done yet: all work is left
+        arrival_s, due_s, work_s = self._facts[:, : len(self._sequences)]
+        keys = key(self._policy, now_s, arrival_s, due_s, work_s, work_s)
         patient = (due_s - now_s - work_s > 0) & (not self._policy.startswith("fcfs"))
+        if self._demote_late:
+            behind = demoted(now_s, arrival_s, due_s, work_s)
+            keys, patient = keys + DEMOTED * behind, patient | behind
         snapshot = list(self._sequences)
-        for at in np.argsort(keys, kind="stable"):
+        first = int(np.argmin(keys))
+        yield snapshot[first], bool(patient[first])  # often the only one asked for
+        for at in np.argsort(keys, kind="stable")[1:]:
             yield snapshot[at], bool(patient[at])

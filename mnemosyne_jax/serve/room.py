@@ -1,0 +1,38 @@
+"""The chunk area of a tick's programs: how many more rows and tokens a prompt may still add to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mnemosyne_jax.config import ServeConfig
+from mnemosyne_jax.serve.request import Sequence
+
+
+class ChunkRoom:
+    """Chunk rows and tokens that a tick has so far, by group; None: shared by all.
+
+    `fits(shared_tokens, private_tokens)` says whether a compiled program holds these chunk areas.
+    """
+
+    def __init__(self, serve: ServeConfig, groups: int, fits: Callable[[int, int], bool]):
+        self._serve, self._groups, self._fits = serve, groups, fits
+        self._rows: dict[int | None, int] = {None: 0} | dict.fromkeys(range(groups), 0)
+        self._tokens = dict(self._rows)
+
+    def take(self, sequence: Sequence, tokens: int) -> None:
+        self._rows[sequence.group] += 1
+        self._tokens[sequence.group] += tokens
+
+    def tokens_for(self, sequence: Sequence) -> int:
+        """Tokens that a sequence may still add: in the budget of every group it loads, in a program that exists."""
+        serve, group, taken = self._serve, sequence.group, self._tokens
+        if self._rows[group] == (serve.shared_chunks if group is None else serve.private_chunks):
+            return 0
+        shared, private = taken[None], max(taken[g] for g in range(self._groups))
+        loaded = private if group is None else taken[group]
+        room = serve.chunk_tokens - shared - loaded
+        if group is None:
+            sizes = [b - shared for b in serve.buckets if self._fits(b, private)]
+        else:
+            sizes = [b - loaded for b in serve.buckets if self._fits(shared, b)]
+        return max(0, min(room, max(sizes, default=0)))
