@@ -39,8 +39,8 @@ class _InPipe:
 class SimExecutor:
     """Stages in lock step, as the engine has them: at each tick all wait for the slowest.
 
-    With `asynchronous` stages, a stage begins a batch once it is free and has its input, whatever the others do; a
-    batch enters once the one `spp` before it has left, whose tokens it may need.
+    With `asynchronous` stages, a stage begins a batch once it is free and has its input, whatever the others do.
+    Decodes need the tokens of the batch `spp` before theirs, and each step waits for the result that it gives.
 
     `work_s[group][stage]` is how long each has had rows to work on, at their own cost: not padding up to the program of
     the tick, nor waiting for others. `report` gets what the stages did at each step.
@@ -59,8 +59,8 @@ class SimExecutor:
         self._lock_step, self._report = stages == "lock_step", report
         nothing = _InPipe(Batch(-1), BatchLoad.empty(mesh.kvp), (0.0,) * mesh.kvp)
         self._pipe = deque([nothing] * mesh.spp, maxlen=mesh.spp)  # newest first
-        self._left_s = deque([0.0] * mesh.spp, maxlen=mesh.spp)  # when each of them leaves, if that is known
-        self._free_s = [0.0] * mesh.spp  # when each stage is done with the newest batch
+        self._left_s = deque([0.0] * mesh.spp, maxlen=mesh.spp)  # asynchronous: when the newest batches leave
+        self._free_s = [0.0] * mesh.spp  # and when each stage is done with them
         self._unread: deque[StepResult] = deque()
         self._now_s = 0.0
         self.ticks_s: list[float] = []
@@ -85,22 +85,26 @@ class SimExecutor:
                 self.work_s[group][stage] += seconds
         if self._report:
             self._report(runs)
-        leaving = self._pipe[-1].batch
-        zeros = (0,) * len(leaving.decodes), (0,) * len(leaving.chunks)
-        self._unread.append(StepResult(leaving, *zeros, {}, self._left_s[-1]))
-        return self._unread.popleft() if len(self._unread) > self._ahead else None
+        last = runs[-1]
+        zeros = (0,) * len(last.batch.decodes), (0,) * len(last.batch.chunks)
+        self._unread.append(StepResult(last.batch, *zeros, {}, last.end_s))
+        if len(self._unread) <= (self._ahead if self._lock_step else self.depth):
+            return None
+        result = self._unread.popleft()
+        self._now_s = max(self._now_s, result.time_s)
+        return result
 
     def _run_tick(self) -> tuple[StageRun, ...]:
         """Each stage runs the batch that it holds, for as long as the slowest takes."""
         seconds = self._seconds(tuple(ran.load for ran in self._pipe))
         begin_s, self._now_s = self._now_s, self._now_s + seconds
         self.ticks_s.append(seconds)
-        self._left_s[-1] = self._now_s
         return tuple(StageRun(stage, begin_s, self._now_s, ran.batch) for stage, ran in enumerate(self._pipe))
 
     def _run_batch(self) -> tuple[StageRun, ...]:
-        """The newest batch runs through all stages, from now on; time moves on to when the next one may enter."""
-        entered, runs, out_s = self._pipe[0], [], self._now_s
+        """The newest batch runs through all stages; time moves on to when the first of them is free again."""
+        entered, runs = self._pipe[0], []
+        out_s = max(self._now_s, self._left_s[-1]) if entered.batch.decodes else self._now_s
         seconds = self._seconds((entered.load,))
         for stage, free_s in enumerate(self._free_s):
             begin_s = max(out_s, free_s)
@@ -108,7 +112,7 @@ class SimExecutor:
             runs.append(StageRun(stage, begin_s, out_s, entered.batch))
         self.ticks_s.append(seconds)
         self._left_s.appendleft(out_s)
-        self._now_s = max(self._free_s[0], self._left_s[-1])
+        self._now_s = self._free_s[0]
         return tuple(runs)
 
     def _seconds(self, loads: tuple[BatchLoad, ...]) -> float:
