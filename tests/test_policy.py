@@ -12,7 +12,7 @@ from mnemosyne_jax.serve.policy import (
     DEMOTED_DEADLINES,
     LEAST_DEADLINE_S,
     PrefillTimes,
-    facts,
+    estimate,
     prefill_times,
     priority,
     relative_slack,
@@ -28,7 +28,9 @@ LINEAR = PrefillTimes([0, 10_000_000], [0.0, 1000.0])  # 0.1 ms a token
 
 def sequence(tokens, arrival_s=0.0, done=0, deadline_s=None):
     request = Request("r", np.zeros(tokens, np.int32), arrival_s=arrival_s, deadline_s=deadline_s)
-    return Sequence(request, Timeline(arrival_s), prompt_scheduled=done)
+    made = Sequence(request, Timeline(arrival_s), prompt_scheduled=done)
+    estimate(made, LINEAR)
+    return made
 
 
 def tick_s(done, chunk):
@@ -61,31 +63,32 @@ def test_table_is_the_sum_of_the_chunks():
     assert [times.alone_s(n) for n in lengths] == pytest.approx(np.interp(lengths, times.lengths, times.seconds))
 
 
-def test_facts_of_a_request():
-    assert facts(sequence(1_000_000, arrival_s=7.0), LINEAR) == pytest.approx((7, 7 + 150, 100, 100))
-    assert facts(sequence(1_000_000, done=400_000), LINEAR) == pytest.approx((0, 150, 60, 100))
-    assert facts(sequence(10, arrival_s=7.0), LINEAR)[1] == 7 + LEAST_DEADLINE_S
-    assert facts(sequence(10, arrival_s=7.0, deadline_s=3.0), LINEAR)[1] == 10
+def test_estimates_of_a_request():
+    facts = lambda s: (s.due_s, s.left_s, s.work_s)  # noqa: E731
+    assert facts(sequence(1_000_000, arrival_s=7.0)) == pytest.approx((7 + 150, 100, 100))
+    assert facts(sequence(1_000_000, done=400_000)) == pytest.approx((150, 60, 100))
+    assert sequence(10, arrival_s=7.0).due_s == 7 + LEAST_DEADLINE_S
+    assert sequence(10, arrival_s=7.0, deadline_s=3.0).due_s == 10
 
 
 def test_late_requests_are_demoted_for_a_time():
     """Behind all that are on time, in any policy; past ten times the deadline they have their turn again."""
     late, fresh = sequence(1_000_000), sequence(1_000_000, arrival_s=60.0)  # 100 s of work, due after 150
     for policy in ("lars", "edf", "srpt", "fcfs"):
-        first = lambda now_s, **how: min((late, fresh), key=lambda s: priority(policy, s, now_s, LINEAR, **how))  # noqa: B023, E731
+        first = lambda now_s, **how: min((late, fresh), key=lambda s: priority(policy, s, now_s, **how))  # noqa: B023, E731
         assert first(60.0) is late and first(60.0, demote_late=True) is fresh
         assert first(49.0, demote_late=True) is late
         forgiven_s = DEMOTED_DEADLINES * 150.0 + 0.1
-        assert priority(policy, late, forgiven_s, LINEAR, True) == priority(policy, late, forgiven_s, LINEAR)
+        assert priority(policy, late, forgiven_s, True) == priority(policy, late, forgiven_s)
 
 
 def test_lars_lets_a_short_one_pass_and_finishes_what_is_late():
     long, short = sequence(1_000_000), sequence(1_000, arrival_s=10.0)
-    assert relative_slack(long, 10.0, LINEAR) == pytest.approx(0.4)  # 150 s due, 10 gone, 100 to do, in units of 100
-    order = lambda now_s: priority("lars", long, now_s, LINEAR) < priority("lars", short, now_s, LINEAR)  # noqa: E731
+    assert relative_slack(long, 10.0) == pytest.approx(0.4)  # 150 s due, 10 gone, 100 to do, in units of 100
+    order = lambda now_s: priority("lars", long, now_s) < priority("lars", short, now_s)  # noqa: E731
     assert order(10.0)  # a fresh short request has time: half a second for a tenth
     assert not order(10.45)  # soon it has not
-    assert priority("lars", long, 50.0, LINEAR) > priority("lars", sequence(1_000_000, done=10), 50.0, LINEAR) - 1e-3
+    assert priority("lars", long, 50.0) > priority("lars", sequence(1_000_000, done=10), 50.0) - 1e-3
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -94,15 +97,15 @@ def test_lars_starves_nobody(waiting, fresh, behind_s):
     """Whatever it is, a request that has waited long enough goes before any that arrives then."""
     old = sequence(waiting)
     now_s = 2.5 * LINEAR.alone_s(waiting) + LEAST_DEADLINE_S + behind_s
-    assert relative_slack(old, now_s, LINEAR) < 0 < relative_slack(sequence(fresh, arrival_s=now_s), now_s, LINEAR)
+    assert relative_slack(old, now_s) < 0 < relative_slack(sequence(fresh, arrival_s=now_s), now_s)
 
 
 def test_other_policies():
     early, late = sequence(5_000, arrival_s=1.0), sequence(100, arrival_s=2.0)
     for policy, first in (("fcfs", early), ("fcfs_exclusive", early), ("srpt", late), ("edf", early)):
-        assert min((early, late), key=lambda s: priority(policy, s, 2.0, LINEAR)) is first
-    assert priority("srpt", sequence(5_000, done=4_990), 2.0, LINEAR) < priority("srpt", late, 2.0, LINEAR)
+        assert min((early, late), key=lambda s: priority(policy, s, 2.0)) is first
+    assert priority("srpt", sequence(5_000, done=4_990), 2.0) < priority("srpt", late, 2.0)
     urgent = sequence(100, arrival_s=2.0, deadline_s=0.1)
-    assert priority("edf", urgent, 2.0, LINEAR) > priority("edf", early, 2.0, LINEAR)
+    assert priority("edf", urgent, 2.0) > priority("edf", early, 2.0)
     with pytest.raises(ValueError, match="no such policy"):
-        priority("lifo", early, 0.0, LINEAR)
+        priority("lifo", early, 0.0)

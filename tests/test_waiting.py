@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnemosyne_jax.serve.policy import PrefillTimes, priority, relative_slack
+from mnemosyne_jax.serve.policy import PrefillTimes, estimate, priority, relative_slack
 from mnemosyne_jax.serve.request import Request, Sequence, Timeline
 from mnemosyne_jax.serve.waiting import WaitingQueue
 
@@ -14,10 +14,11 @@ PROMPT = np.zeros(10_000_000, np.int32)
 requests = st.lists(st.tuples(st.integers(1, 10_000_000), st.floats(0, 100)), min_size=1, max_size=30)
 
 
-def filled(policy, asked, times=LINEAR):
-    queue, sequences = WaitingQueue(policy, times), []
+def filled(policy, asked):
+    queue, sequences = WaitingQueue(policy), []
     for i, (tokens, arrival_s) in enumerate(asked):
         sequences.append(Sequence(Request(i, PROMPT[:tokens], arrival_s=arrival_s), Timeline(arrival_s)))
+        estimate(sequences[-1], LINEAR)
         queue.append(sequences[-1])
     return queue, sequences
 
@@ -33,13 +34,13 @@ def test_order_is_that_of_the_policy(policy, asked, now_s, data):
     found = list(queue.in_order(now_s))
     assert len(queue) == len(found) == len(sequences)
     assert queue.tokens == sum(len(sequence.request.prompt) for sequence in sequences)
-    keys = [priority(policy, sequence, now_s, LINEAR) for sequence, _ in found]
+    keys = [priority(policy, sequence, now_s) for sequence, _ in found]
     assert keys == sorted(keys) and {id(s) for s, _ in found} == {id(s) for s in sequences}
     for sequence, lets_others_pass in found:
-        late = relative_slack(sequence, now_s, LINEAR) <= 0
+        late = relative_slack(sequence, now_s) <= 0
         assert lets_others_pass == (not late and not policy.startswith("fcfs"))
 
 
-def test_without_times_the_queue_is_a_queue():
-    queue, sequences = filled("lars", [(5, 3.0), (9_000_000, 1.0), (1, 2.0)], times=None)
+def test_without_a_policy_the_queue_is_a_queue():
+    queue, sequences = filled(None, [(5, 3.0), (9_000_000, 1.0), (1, 2.0)])
     assert list(queue.in_order(1e9)) == [(s, False) for s in sequences]

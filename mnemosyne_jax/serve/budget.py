@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from mnemosyne_jax.serve.batch import DecodeRow
-from mnemosyne_jax.serve.chunking import largest_fitting
+from mnemosyne_jax.serve.chunking import STEP, largest_fitting
 from mnemosyne_jax.serve.cost import CostModel
 from mnemosyne_jax.serve.pages import Span
 from mnemosyne_jax.serve.request import Sequence
@@ -120,7 +120,8 @@ class TickBudget:
                 for so_far_s, span, before in held
             )
 
-        return largest_fitting(len(sequence.request.prompt) - start, room_tokens, fits)
+        left = len(sequence.request.prompt) - start
+        return largest_fitting(left, room_tokens, fits) if fits(min(left, room_tokens, STEP)) else 0
 
     def add_chunk(self, sequence: Sequence, tokens: int) -> None:
         shared = sequence.group is None

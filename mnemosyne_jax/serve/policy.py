@@ -61,30 +61,29 @@ def prefill_times(chunk_of: Callable[[int], int], tick_s: Callable[[int, int], f
     return PrefillTimes(lengths, seconds)
 
 
-def relative_slack(sequence: Sequence, now_s: float, times: PrefillTimes) -> float:
-    """Time to spare in units of the request's own work; negative once the deadline cannot be kept."""
-    return float(key("lars", now_s, *facts(sequence, times)))
+def estimate(sequence: Sequence, times: PrefillTimes) -> None:
+    """Fills in what its place in an order depends on: when it is due, how much work it is and how much is left.
 
-
-def priority(policy: str, sequence: Sequence, now_s: float, times: PrefillTimes, demote_late: bool = False) -> float:
-    """The key of a policy: the smallest goes first, ties by arrival."""
-    known = facts(sequence, times)
-    first = key(policy, now_s, *known)
-    return float(first + DEMOTED * demoted(now_s, *known[:3]) if demote_late else first)
-
-
-def facts(sequence: Sequence, times: PrefillTimes) -> tuple[float, float, float, float]:
-    """What a key depends on beside the time: arrival, deadline, work left and work in all, in seconds.
-
-    The first token is due as asked, or in proportion to the prefill alone; the time is that of the executor's clock.
+    The first token is due as asked, or in proportion to the prefill alone.
     """
-    arrival_s, due_after_s = sequence.timeline.arrival_s, sequence.request.deadline_s
-    work_s = left_s = times.alone_s(len(sequence.request.prompt))
+    sequence.work_s = sequence.left_s = times.alone_s(len(sequence.request.prompt))
     if sequence.prompt_scheduled:
-        left_s -= times.alone_s(sequence.prompt_scheduled)
-    if due_after_s is None:
-        due_after_s = max(DEADLINE_FACTOR * work_s, LEAST_DEADLINE_S)
-    return arrival_s, arrival_s + due_after_s, left_s, work_s
+        sequence.left_s -= times.alone_s(sequence.prompt_scheduled)
+    asked_s = sequence.request.deadline_s
+    due_after_s = max(DEADLINE_FACTOR * sequence.work_s, LEAST_DEADLINE_S) if asked_s is None else asked_s
+    sequence.due_s = sequence.timeline.arrival_s + due_after_s
+
+
+def relative_slack(sequence: Sequence, now_s: float) -> float:
+    """Time to spare in units of the request's own work; negative once the deadline cannot be kept."""
+    return (sequence.due_s - now_s - sequence.left_s) / max(sequence.work_s, LEAST_WORK_S)
+
+
+def priority(policy: str, sequence: Sequence, now_s: float, demote_late: bool = False) -> float:
+    """The key of a policy: the smallest goes first, ties by arrival."""
+    arrival_s, due_s, left_s = sequence.timeline.arrival_s, sequence.due_s, sequence.left_s
+    first = key(policy, now_s, arrival_s, due_s, left_s, sequence.work_s, max)
+    return first + DEMOTED * demoted(now_s, arrival_s, due_s, left_s) if demote_late else first
 
 
 def demoted(now_s: float, arrival_s: Number, due_s: Number, left_s: Number) -> Number:
@@ -93,8 +92,16 @@ def demoted(now_s: float, arrival_s: Number, due_s: Number, left_s: Number) -> N
     return late & (now_s - arrival_s <= DEMOTED_DEADLINES * (due_s - arrival_s))
 
 
-def key(policy: str, now_s: float, arrival_s: Number, due_s: Number, left_s: Number, work_s: Number) -> Number:
-    """`priority` from a request's facts, or from arrays of them: arrival, deadline, work left and work in all."""
+def key(
+    policy: str,
+    now_s: float,
+    arrival_s: Number,
+    due_s: Number,
+    left_s: Number,
+    work_s: Number,
+    maximum: Callable[[Number, Number], Number] = np.maximum,
+) -> Number:
+    """`priority` from arrays of arrivals, deadlines, work left and work in all; of numbers, with their `maximum`."""
     match policy:
         case "fcfs" | "fcfs_exclusive":
             return arrival_s
@@ -103,5 +110,5 @@ def key(policy: str, now_s: float, arrival_s: Number, due_s: Number, left_s: Num
         case "srpt":
             return left_s
         case "lars":
-            return (due_s - now_s - left_s) / np.maximum(work_s, LEAST_WORK_S)
+            return (due_s - now_s - left_s) / maximum(work_s, LEAST_WORK_S)
     raise ValueError(f"no such policy: {policy}")

@@ -188,6 +188,9 @@ class Sequence:
     prompt_done: int = 0
     tokens_scheduled: int = 0
     tokens: list[int] = field(default_factory=list)
+    due_s: float = math.inf  # when the first token is to be there, on the executor's clock
+    work_s: float = 0.0  # predicted seconds of the whole prefill alone
+    left_s: float = 0.0  # those of what has not been scheduled
     logits: dict[int, np.ndarray] = field(default_factory=dict)  # by prompt position, where asked for
     next_tick: int = 0  # the first tick whose stage 0 can read this sequence's newest token
     last_tick: int = -1  # the newest tick that carries a row of this sequence

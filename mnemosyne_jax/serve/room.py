@@ -15,8 +15,9 @@ class ChunkRoom:
     """
 
     def __init__(self, serve: ServeConfig, groups: int, fits: Callable[[int, int], bool]):
-        self._serve, self._groups, self._fits = serve, groups, fits
-        self._rows: dict[int | None, int] = {None: 0} | dict.fromkeys(range(groups), 0)
+        self._serve, self._groups, self._fits = serve, range(groups), fits
+        self._largest_first = serve.buckets[::-1]
+        self._rows: dict[int | None, int] = {None: 0} | dict.fromkeys(self._groups, 0)
         self._tokens = dict(self._rows)
 
     def take(self, sequence: Sequence, tokens: int) -> None:
@@ -28,11 +29,9 @@ class ChunkRoom:
         serve, group, taken = self._serve, sequence.group, self._tokens
         if self._rows[group] == (serve.shared_chunks if group is None else serve.private_chunks):
             return 0
-        shared, private = taken[None], max(taken[g] for g in range(self._groups))
-        loaded = private if group is None else taken[group]
-        room = serve.chunk_tokens - shared - loaded
+        shared, private = taken[None], max(taken[g] for g in self._groups)
         if group is None:
-            sizes = [b - shared for b in serve.buckets if self._fits(b, private)]
-        else:
-            sizes = [b - loaded for b in serve.buckets if self._fits(shared, b)]
-        return max(0, min(room, max(sizes, default=0)))
+            largest = next((b for b in self._largest_first if self._fits(b, private)), 0)
+            return max(0, min(serve.chunk_tokens - private, largest) - shared)
+        largest = next((b for b in self._largest_first if self._fits(shared, b)), 0)
+        return max(0, min(serve.chunk_tokens - shared, largest) - taken[group])

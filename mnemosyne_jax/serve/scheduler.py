@@ -13,13 +13,13 @@ from mnemosyne_jax.serve.budget import BatchLoad, TickBudget, TickTime
 from mnemosyne_jax.serve.chunking import STEP, ChooseChunk, largest_chunk
 from mnemosyne_jax.serve.executor import NOT_FINITE, StepResult
 from mnemosyne_jax.serve.placement import Places
-from mnemosyne_jax.serve.policy import PrefillTimes, facts, priority, relative_slack
+from mnemosyne_jax.serve.policy import PrefillTimes, estimate, priority, relative_slack
 from mnemosyne_jax.serve.request import Phase, Request, Sequence, Timeline, checked
 from mnemosyne_jax.serve.room import ChunkRoom
 from mnemosyne_jax.serve.waiting import WaitingQueue
 
 log = logging.getLogger("mnemosyne_jax")
-MOST_PASSED = 32  # requests without room that a tick looks past: it has other things to do
+MOST_PASSED = 16  # requests for which there is no room, or no time, that a tick looks past: it has other things to do
 
 
 class Scheduler:
@@ -55,7 +55,7 @@ class Scheduler:
         self.places = Places(serve, mesh, pool_pages)
         self.tick = 0  # the next to be submitted
         self.sequences: dict[str | int, Sequence] = {}  # waiting and running
-        self._waiting = WaitingQueue(serve.policy, prefill_times, serve.late == "demote")
+        self._waiting = WaitingQueue(serve.policy if prefill_times else None, serve.late == "demote")
         self._running: list[Sequence] = []  # in order of admission
 
     # Requests in and out.
@@ -110,6 +110,8 @@ class Scheduler:
         """The Sequence of a checked request, queued. Refuses nothing: a deadline may have passed since the check."""
         assert request.id not in self.sequences, f"request {request.id} is already queued or running"
         sequence = Sequence(request, Timeline(arrival_s=request.arrival_s or 0.0))
+        if self._prefill_times:
+            estimate(sequence, self._prefill_times)
         self.sequences[request.id] = sequence
         self._waiting.append(sequence)
         return sequence
@@ -192,14 +194,14 @@ class Scheduler:
         serve, times = self.serve, self._prefill_times
         prefills = [s for s in self._running if s.prompt_scheduled < len(s.request.prompt)]
         if times and len(prefills) > 1:  # a stable sort: ties by admission
-            prefills.sort(key=lambda s: priority(serve.policy, s, now_s, times, serve.late == "demote"))
+            prefills.sort(key=lambda s: priority(serve.policy, s, now_s, serve.late == "demote"))
         return prefills[:1] if times and serve.policy == "fcfs_exclusive" else prefills
 
     def _timed_chunk_rows(self, decodes: tuple[DecodeRow, ...], now_s: float) -> Iterable[ChunkRow]:
         """Chunks by time budget; at most one long prompt in any group."""
         serve, area = self.serve, ChunkRoom(self.serve, self.mesh.kvp, self._fits)
-        tick_time, times = self._tick_time, self._prefill_times
-        assert tick_time and times
+        tick_time, without_room = self._tick_time, 0
+        assert tick_time
         empty = BatchLoad.empty(self.mesh.kvp)
         budget = TickBudget(tick_time, self._loads, tick_time.with_decodes(empty, decodes))
         decoding = any(s.tokens_scheduled for s in self._running)
@@ -208,22 +210,24 @@ class Scheduler:
             self._say_crowded(budget.seconds(), budget_s)
         prefills, long_groups = self._prefills(now_s), set[int]()
         for s in prefills:
-            groups, long = {span.group for span in s.spans}, len(s.request.prompt) > serve.span_tokens
-            room = 0 if long and groups & long_groups else area.tokens_for(s)
-            if not room:
+            long = len(s.request.prompt) > serve.span_tokens
+            groups = {span.group for span in s.spans} if long else set[int]()
+            if groups & long_groups or not (room := area.tokens_for(s)):
                 continue
             share = 1.0
             if long and len(prefills) > 1 and serve.policy == "lars":  # to whom it yields
-                share -= min(max(relative_slack(s, now_s, times), 0.0), serve.long_yield)
+                share -= min(max(relative_slack(s, now_s), 0.0), serve.long_yield)
             length = budget.largest_chunk(s, room, budget_s * share)
             if not length and self.tick - self._last_chunk_tick >= serve.least_chunk_every:
                 length = min(STEP, room, len(s.request.prompt) - s.prompt_scheduled)
                 self.forced_chunks += 1
             if length:
-                long_groups |= groups if long else set()
+                long_groups |= groups
                 budget.add_chunk(s, length)
                 self._last_chunk_tick = self.tick
                 yield self._take_chunk(area, s, length)
+            elif (without_room := without_room + 1) == MOST_PASSED:
+                break
         if self.mesh.spp > 1:
             self._loads.appendleft(budget.load)
 
@@ -240,6 +244,8 @@ class Scheduler:
         area.take(s, length)
         s.prompt_scheduled += length
         s.last_tick = self.tick
+        if self._prefill_times:
+            s.left_s = s.work_s - self._prefill_times.alone_s(s.prompt_scheduled)
         if s.prompt_scheduled == len(s.request.prompt):
             s.tokens_scheduled = 1
             s.next_tick = self.tick + self.mesh.spp
@@ -253,7 +259,7 @@ class Scheduler:
             return
         passed, refuses = 0, self.serve.late == "refuse"
         for sequence, lets_others_pass in self._waiting.in_order(now_s):
-            if refuses and sequence.request.deadline_s is not None and self._too_late(sequence, now_s):
+            if refuses and sequence.request.deadline_s is not None and now_s + sequence.left_s > sequence.due_s:
                 self._finish(sequence, "refused: its deadline can no longer be kept")
             elif self.places.place(sequence, self._running):
                 self._waiting.remove(sequence)
@@ -262,12 +268,6 @@ class Scheduler:
                 self._running.append(sequence)
             elif not lets_others_pass or (passed := passed + 1) == MOST_PASSED:
                 break
-
-    def _too_late(self, sequence: Sequence, now_s: float) -> bool:
-        if self._prefill_times is None:
-            return False
-        _, due_s, left_s, _ = facts(sequence, self._prefill_times)
-        return now_s + left_s > due_s
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         if sequence.phase is Phase.WAITING:

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mnemosyne_jax.serve.policy import DEMOTED, PrefillTimes, demoted, facts, key
+from mnemosyne_jax.serve.policy import DEMOTED, demoted, key
 from mnemosyne_jax.serve.request import Sequence
 
 
 class WaitingQueue:
-    """Sequences in the order of a policy; without `times` in order of arrival in the queue."""
+    """Sequences in the order of a policy, once estimated; of no policy, in the order in which they came."""
 
-    def __init__(self, policy: str, times: PrefillTimes | None, demote_late: bool = False):
-        self._policy, self._times, self._demote_late = policy, times, demote_late
+    def __init__(self, policy: str | None, demote_late: bool = False):
+        self._policy, self._demote_late = policy, demote_late
         self._sequences: list[Sequence] = []
         # Arrival, deadline and work of each, in seconds; the table grows by doubling, and keeps the order of the list.
         self._facts = np.zeros((3, 16))
@@ -27,8 +27,7 @@ class WaitingQueue:
         count = len(self._sequences)
         if count == self._facts.shape[1]:
             self._facts = np.concatenate([self._facts, np.zeros_like(self._facts)], axis=1)
-        if self._times:
-            self._facts[:, count] = facts(sequence, self._times)[:3]  # nothing is done yet: all work is left
+        self._facts[:, count] = sequence.timeline.arrival_s, sequence.due_s, sequence.work_s
         self._sequences.append(sequence)
         self.tokens += len(sequence.request.prompt)
 
@@ -43,11 +42,11 @@ class WaitingQueue:
 
         What has slack lets others pass; what is late, or came first under fcfs, does not: nobody waits for ever.
         """
-        if self._times is None or not self._sequences:
+        if self._policy is None or not self._sequences:
             yield from ((sequence, False) for sequence in list(self._sequences))
             return
         arrival_s, due_s, work_s = self._facts[:, : len(self._sequences)]
-        keys = key(self._policy, now_s, arrival_s, due_s, work_s, work_s)
+        keys = key(self._policy, now_s, arrival_s, due_s, work_s, work_s)  # nothing is done: all work is left
         patient = (due_s - now_s - work_s > 0) & (not self._policy.startswith("fcfs"))
         if self._demote_late:
             behind = demoted(now_s, arrival_s, due_s, work_s)
