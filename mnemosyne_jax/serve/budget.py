@@ -61,6 +61,9 @@ class TickTime:
         """The load with these decode rows."""
         keys = [0] * len(load.attention_s)
         for row in rows:
+            if row.group is not None:  # all of its keys are there
+                keys[row.group] += row.position + 1
+                continue
             for span in row.spans:
                 keys[span.group] += span.local_tokens(row.position + 1, self.page_tokens)
         attention_s = tuple(s + self.cost.decode_s(k) for s, k in zip(load.attention_s, keys, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 from mnemosyne_jax.config import MeshSpec, ServeConfig
 from mnemosyne_jax.errors import RequestError
@@ -56,7 +57,8 @@ class Scheduler:
         self.tick = 0  # the next to be submitted
         self.sequences: dict[str | int, Sequence] = {}  # waiting and running
         self._waiting = WaitingQueue(serve.policy if prefill_times else None, serve.late == "demote")
-        self._running: list[Sequence] = []  # in order of admission
+        self._prefilling: list[Sequence] = []  # in order of admission
+        self._decoding: list[Sequence] = []  # whose prompt is scheduled to its end
 
     # Requests in and out.
 
@@ -134,7 +136,7 @@ class Scheduler:
         """The batch of the next tick, which is thereby submitted: it must be run."""
         self.places.drain(self.tick - self.mesh.spp)
         self._admit(now_s)
-        decodes = tuple(self._decode_rows())
+        decodes = self._decode_rows()
         chunks = tuple(self._chunk_rows(now_s) if self._tick_time is None else self._timed_chunk_rows(decodes, now_s))
         batch = Batch(self.tick, decodes, chunks)
         self.tick += 1
@@ -172,13 +174,15 @@ class Scheduler:
         elif len(sequence.tokens) == sequence.request.max_new_tokens:
             self._finish(sequence, "length")
 
-    def _decode_rows(self) -> Iterable[DecodeRow]:
-        for s in self._running:
-            r = s.request
-            if s.tokens_scheduled and s.tokens_scheduled < r.max_new_tokens and s.next_tick <= self.tick:
-                yield DecodeRow(r, s.slot, s.group, s.spans, position=len(r.prompt) + s.tokens_scheduled - 1)
+    def _decode_rows(self) -> tuple[DecodeRow, ...]:
+        rows, tick, next_tick = [], self.tick, self.tick + self.mesh.spp
+        for s in self._decoding:
+            if s.next_tick <= tick and s.tokens_scheduled < s.request.max_new_tokens:
+                position = len(s.request.prompt) + s.tokens_scheduled - 1
+                rows.append(DecodeRow(s.request, s.slot, s.group, s.spans, position))
                 s.tokens_scheduled += 1
-                s.next_tick, s.last_tick = self.tick + self.mesh.spp, self.tick
+                s.next_tick, s.last_tick = next_tick, tick
+        return tuple(rows)
 
     def _chunk_rows(self, now_s: float) -> Iterable[ChunkRow]:
         """Chunks by token budget."""
@@ -191,11 +195,10 @@ class Scheduler:
 
     def _prefills(self, now_s: float) -> list[Sequence]:
         """Prompts under way that may have a chunk, the first to have one first."""
-        serve, times = self.serve, self._prefill_times
-        prefills = [s for s in self._running if s.prompt_scheduled < len(s.request.prompt)]
-        if times and len(prefills) > 1:  # a stable sort: ties by admission
-            prefills.sort(key=lambda s: priority(serve.policy, s, now_s, serve.late == "demote"))
-        return prefills[:1] if times and serve.policy == "fcfs_exclusive" else prefills
+        policy, demote_late, prefills = self.serve.policy, self.serve.late == "demote", list(self._prefilling)
+        if self._prefill_times and len(prefills) > 1:  # a stable sort: ties by admission
+            prefills.sort(key=lambda s: priority(policy, s, now_s, demote_late))
+        return prefills[:1] if self._prefill_times and policy == "fcfs_exclusive" else prefills
 
     def _timed_chunk_rows(self, decodes: tuple[DecodeRow, ...], now_s: float) -> Iterable[ChunkRow]:
         """Chunks by time budget; at most one long prompt in any group."""
@@ -204,8 +207,7 @@ class Scheduler:
         assert tick_time
         empty = BatchLoad.empty(self.mesh.kvp)
         budget = TickBudget(tick_time, self._loads, tick_time.with_decodes(empty, decodes))
-        decoding = any(s.tokens_scheduled for s in self._running)
-        budget_s = serve.tbt_slo_s / self.mesh.spp if decoding else serve.idle_tick_s
+        budget_s = serve.tbt_slo_s / self.mesh.spp if self._decoding else serve.idle_tick_s
         if decodes and budget.seconds() > budget_s:
             self._say_crowded(budget.seconds(), budget_s)
         prefills, long_groups = self._prefills(now_s), set[int]()
@@ -249,6 +251,8 @@ class Scheduler:
         if s.prompt_scheduled == len(s.request.prompt):
             s.tokens_scheduled = 1
             s.next_tick = self.tick + self.mesh.spp
+            self._prefilling.remove(s)
+            self._decoding.append(s)
         return row
 
     # Into and out of the groups.
@@ -261,11 +265,11 @@ class Scheduler:
         for sequence, lets_others_pass in self._waiting.in_order(now_s):
             if refuses and sequence.request.deadline_s is not None and now_s + sequence.left_s > sequence.due_s:
                 self._finish(sequence, "refused: its deadline can no longer be kept")
-            elif self.places.place(sequence, self._running):
+            elif self.places.place(sequence, chain(self._prefilling, self._decoding)):
                 self._waiting.remove(sequence)
                 sequence.phase = Phase.PREFILL
                 sequence.timeline.admitted_s = now_s
-                self._running.append(sequence)
+                self._prefilling.append(sequence)
             elif not lets_others_pass or (passed := passed + 1) == MOST_PASSED:
                 break
 
@@ -273,7 +277,7 @@ class Scheduler:
         if sequence.phase is Phase.WAITING:
             self._waiting.remove(sequence)
         else:
-            self._running.remove(sequence)
+            (self._decoding if sequence.tokens_scheduled else self._prefilling).remove(sequence)
             self.places.release(sequence)
         sequence.phase, sequence.reason = Phase.FINISHED, reason
         del self.sequences[sequence.request.id]
