@@ -81,7 +81,7 @@ def comparisons(made: Table, baseline: str, tbt_slo_s: float) -> list[dict[str, 
             found.append(_row("sustained load ratio", best[label] / best[baseline], "1", **where))
         for load in sorted(made[label].keys() & made[baseline].keys()):
             own, theirs = made[label][load], made[baseline][load]
-            for name in ("TTFT p50", "TTFT p99"):
+            for name in (name for name in own if name.startswith("TTFT p") and name in theirs):
                 found.append(_row(f"{name} ratio", theirs[name] / own[name], "1", queries_per_s=load, **where))
     return found
 
