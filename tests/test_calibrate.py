@@ -1,0 +1,182 @@
+"""Calibration: the fit finds what made the ticks, the timed ticks are what they say, the whole script on a CPU."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import calibrate, fitting, results
+from experiments.tick_loads import TickLoads, designed, loads_of
+from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, ServeConfig, from_yaml
+from mnemosyne_jax.model.inputs import step_shapes, views
+from mnemosyne_jax.packing import pack, smallest_shape
+from mnemosyne_jax.planning import tick_time
+from mnemosyne_jax.serve.budget import BatchLoad
+
+LLAMA_8B = from_yaml(ModelConfig, "configs/model/llama-3-8b.yaml")
+H100 = from_yaml(HardwareConfig, "configs/hardware/h100.yaml")
+MESHES = [MeshSpec(), MeshSpec(2, 2, 2)]
+SERVE = ServeConfig(
+    pool_pages=600, page_tokens=64, private_rows=16, shared_rows=2, chunk_tokens=2048, chunk_buckets=(64, 512, 2048)
+)
+
+
+def ticks_on(mesh: MeshSpec):
+    return designed(TickLoads(SERVE, mesh, SERVE.pool_pages, LLAMA_8B.vocab))
+
+
+# The fit.
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_fit_predicts_ticks_it_has_not_seen(mesh, seed):
+    """Ticks made by coefficients far from the guess, off by 2% at random: the fit comes closer to them than that."""
+    random = np.random.default_rng(seed)
+    shares = {name: random.uniform(0.3, 0.95) for name in fitting.SHARES}
+    amounts = {"chunk_rows": random.uniform(0, 100), "layer_overhead_s": random.uniform(0, 5e-5)}
+    true = replace(H100, **shares, **amounts, tick_overhead_s=random.uniform(0, 1e-3))
+    batches = [tick.batch for tick in ticks_on(mesh)]
+    parts = [loads_of(batches, replace(LLAMA_8B, layers=layers), SERVE, mesh, 2) for layers in (4, 12)]
+    true_s = fitting.predict(parts, true)
+    training = np.arange(len(true_s)) % 4 != 3
+    found = fitting.fit(parts, true_s * np.exp(0.02 * random.normal(size=len(true_s))), H100, training)
+    errors = fitting.relative_errors(fitting.predict(parts, found), true_s)[~training]
+    before = fitting.relative_errors(fitting.predict(parts, H100), true_s)[~training]
+    print(f"{mesh}: held out, median {np.median(errors):.4f}, max {errors.max():.4f}; before {np.median(before):.2f}")
+    assert np.median(errors) <= 0.01 and errors.max() <= 0.03 and np.median(before) > 0.1
+    assert found.fitted and replace(found, **{n: getattr(H100, n) for n in (*shares, *amounts, "tick_overhead_s")},
+                                    fitted=False) == H100  # fmt: skip
+    assert (found.link_share == H100.link_share) == (mesh == MeshSpec())  # without links nothing tells it
+
+
+def test_fit_is_deterministic_and_knows_what_it_need_not_change():
+    batches = [tick.batch for tick in ticks_on(MeshSpec())][::5]
+    parts = [loads_of(batches, replace(LLAMA_8B, layers=2), SERVE, MeshSpec(), 2)]
+    measured_s = fitting.predict(parts, H100)
+    first, second = (fitting.fit(parts, measured_s, H100) for _ in range(2))
+    assert first == second
+    assert fitting.relative_errors(fitting.predict(parts, first), measured_s).max() <= 2e-3
+    assert first.link_share == H100.link_share
+
+
+def test_coefficients_stay_legal():
+    """Ticks faster than the peak figures allow push shares to their limit, not over it."""
+    parts = [loads_of([tick.batch for tick in ticks_on(MeshSpec())][::5], LLAMA_8B, SERVE, MeshSpec(), 2)]
+    found = fitting.fit(parts, fitting.predict(parts, H100) / 100, replace(H100, chunk_rows=0.0, matmul_share=1.0))
+    assert found.matmul_share > 0.9 and found.tick_overhead_s < 1e-6
+
+
+# The ticks.
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_loads_are_what_the_scheduler_counts(mesh):
+    """Predictions of the calibration are those of the scheduler for a pipe full of such batches."""
+    ticks, time = ticks_on(mesh), tick_time(LLAMA_8B, H100, mesh, SERVE)
+    got_s = loads_of([tick.batch for tick in ticks], LLAMA_8B, SERVE, mesh, 2).seconds(H100)
+    for tick, seconds in zip(ticks, got_s, strict=True):
+        load = time.with_decodes(BatchLoad.empty(mesh.kvp), tick.batch.decodes)
+        for row in tick.batch.chunks:
+            load = time.with_chunk(load, row.spans, row.group is None, row.start, row.length)
+        assert seconds == pytest.approx(time.seconds((load,) * mesh.spp)), tick.words
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_ticks_do_the_work_they_are_timed_for(mesh):
+    """Packed for the devices: the program, every row's keys, pages of the pool that no other row reads at the time."""
+    make = TickLoads(SERVE, mesh, SERVE.pool_pages, LLAMA_8B.vocab)
+    ticks, shapes, table = designed(make), step_shapes(SERVE, mesh), make.page_table()
+    assert table.shape == (SERVE.slots(mesh), make.pool_pages)
+    assert all(sorted(row) == list(range(make.pool_pages)) for row in table)
+    empty = [smallest_shape(shapes, [tick.batch], mesh.kvp) for tick in ticks if tick.kind == "empty"]
+    assert sorted(empty, key=shapes.index) == list(shapes)
+    for tick in ticks:
+        shape = smallest_shape(shapes, [tick.batch], mesh.kvp)
+        inputs = views(shape, pack(shape, [tick.batch] * mesh.spp, mesh.kvp))
+        loads = loads_of([tick.batch], LLAMA_8B, SERVE, mesh, 2)
+        np.testing.assert_array_equal(inputs.decodes.kv_lens.sum(-1), np.tile(loads.decode_keys, (mesh.spp, 1)))
+        keys = loads.chunks[0, :, :, 1:].sum((1, 2))
+        np.testing.assert_array_equal(inputs.chunks.kv_lens.sum(-1), np.tile(keys, (mesh.spp, 1)))
+        assert keys.any() == (tick.kind in ("chunk", "mixed"))
+        slots, indices, pages = inputs.deltas.slots, inputs.deltas.indices, inputs.deltas.pages
+        new = slots < shape.slots
+        assert (table[slots[new], indices[new]] == pages[new]).all()  # the table holds them already
+        rows = [*tick.batch.decodes, *tick.batch.chunks]
+        assert len({(row.slot, row.group) for row in rows}) == len(rows)
+        for group in range(mesh.kvp if tick.kind == "decode" else 0):
+            held = [span.pages for row in rows for span in row.spans if span.group == group]
+            assert len(np.unique(np.concatenate(held))) == sum(map(len, held)), tick.words
+
+
+# The script.
+
+TINY = [
+    "--layers",
+    "2",
+    "--rounds",
+    "1",
+    "--sample_s",
+    "0.001",
+    "--serve.page_tokens",
+    "16",
+    "--serve.pool_pages",
+    "16",
+]
+TINY += ["--serve.private_rows", "2", "--serve.private_chunks", "1"]
+TINY += ["--serve.chunk_tokens", "32", "--serve.chunk_buckets", "[32]"]
+
+
+@pytest.mark.parametrize("mesh", [MeshSpec(), MeshSpec(kvp=2, spp=2)], ids=str)
+def test_calibrates_this_cpu(mesh, tmp_path, capsys):
+    """What must hold of any machine: a whole record, hardware that reads back, predictions that grow with the load."""
+    if jax.device_count() < mesh.devices:
+        pytest.skip(f"needs {mesh.devices} devices")
+    pytest.importorskip("matplotlib")
+    out, record, plot = tmp_path / "new" / "cpu.yaml", tmp_path / "cpu.json", tmp_path / "cpu.png"
+    args = [*TINY, "--mesh.kvp", str(mesh.kvp), "--mesh.spp", str(mesh.spp), "--out", str(out)]
+    assert calibrate.main([*args, "--record", str(record), "--plot", str(plot), "--check"]) == 0
+    found, made = from_yaml(HardwareConfig, out), json.loads(record.read_text())
+    first = out.read_text().splitlines()[0]
+    assert first.startswith("# Fitted on ") and "jax " in first and " by: " in first
+    assert found.fitted and plot.read_bytes().startswith(b"\x89PNG")
+
+    rows = made["rows"]
+    ticks = [r for r in rows if r["name"] == "tick"]
+    kinds = {"empty", "decode", "chunk", "mixed"} if mesh.spp == 1 else {"empty", "decode", "chunk"}
+    assert {r["kind"] for r in ticks} >= kinds and {r["layers"] for r in ticks} == ({1, 2} if mesh.spp == 1 else {2})
+    assert all(r["value"] > 0 and r["predicted_s"] > 0 for r in ticks)
+    held_out = [r["part"] == "held out" for r in ticks]
+    assert held_out == [i % 4 == 3 for i in range(len(ticks))]
+    errors = [abs(r["predicted_s"] / r["value"] - 1) for r, held in zip(ticks, held_out, strict=True) if held]
+    (median,) = (r["value"] for r in rows if r["name"] == "error median" and r.get("part") == "held out")
+    assert median == pytest.approx(np.median(errors)) and results.check(made)
+    assert {r["name"]: r["value"] for r in rows if r["name"] in fitting.SHARES} == {
+        name: getattr(found, name) for name in fitting.SHARES
+    }
+    time = tick_time(calibrate.SMALL, found, mesh, ServeConfig(chunk_tokens=32, chunk_buckets=(32,)))
+    chunk_s = [time.cost.chunk_s(tokens, 100) for tokens in (1, 8, 32)]
+    assert 0 < chunk_s[0] <= chunk_s[1] <= chunk_s[2] and 0 < time.cost.program_s(8) <= time.cost.program_s(40)
+    said = capsys.readouterr().out
+    assert "round 1 of 1" in said and "error median (held out)" in said
+
+
+@pytest.mark.parametrize(("args", "reason"), [
+    (["--mesh.tp", "3"], "mesh.tp: got 3"),
+    (["--mesh.spp", "2", "--layers", "3"], "mesh.spp: got 2"),
+    (["--layers", "1", "--most_tick_s", "1e-6"], "most_tick_s: got 1e-06, leaves 0 ticks"),
+])  # fmt: skip
+def test_refuses(args, reason, capsys):
+    assert calibrate.main(args) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_models_are_those_asked_for(tmp_path):
+    (tmp_path / "llama").mkdir()
+    config = calibrate.CalibrateConfig(random_model="configs/model/llama-3-8b.yaml", layers=12)
+    assert calibrate.models(config) == [replace(LLAMA_8B, layers=4), replace(LLAMA_8B, layers=12)]
+    staged = replace(config, mesh=MeshSpec(spp=4), layers=32)
+    assert [model.layers for model in calibrate.models(staged)] == [8, 32]
+    assert [model.layers for model in calibrate.models(replace(config, layers=1))] == [1]
