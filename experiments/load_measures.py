@@ -90,7 +90,7 @@ def figure(made: Table, tbt_slo_s: float) -> Any:
     """Median and p99 TTFT (no point: infinite) and the share in time against load; a ring: p99 TBT over the SLO."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(14, 4.4), layout="constrained")
+    drawn = Figure(figsize=(14, 4.8), layout="constrained")
     panels = drawn.subplots(1, 3)
     for style, (label, by_load) in zip(STYLES * len(made), made.items(), strict=False):
         loads = sorted(by_load)
@@ -106,5 +106,7 @@ def figure(made: Table, tbt_slo_s: float) -> Any:
     panels[1].set_yscale("log")
     panels[2].axhline(KEPT, color="k", ls=":")
     panels[2].set_ylim(0, 1.02)
-    panels[0].legend(fontsize="small")
+    drawn.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), fontsize="small"
+    )
     return drawn
