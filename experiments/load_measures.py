@@ -16,7 +16,7 @@ from experiments.metrics import Served
 
 KEPT, HOPELESS = 0.9, 0.5  # shares of requests whose first token is in time
 QUANTILES = ("p50", "p90", "p99")
-STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--", "P-.")
+STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--", "P-.", "<:")
 
 type Table = dict[
     str, dict[float, dict[str, float]]
@@ -106,7 +106,5 @@ def figure(made: Table, tbt_slo_s: float) -> Any:
     panels[1].set_yscale("log")
     panels[2].axhline(KEPT, color="k", ls=":")
     panels[2].set_ylim(0, 1.02)
-    drawn.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), fontsize="small"
-    )
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(made), fontsize="small")
     return drawn

@@ -124,12 +124,10 @@ def kept(config: LoadSweepConfig) -> tuple[list[Row], list[str]]:
     if not Path(config.out).exists():
         return [], []
     made = json.loads(Path(config.out).read_text())
-    asked, found = (
-        {name: value for name, value in settings.items() if name not in PER_START}
-        for settings in (json.loads(json.dumps(dataclasses.asdict(config))), made["config"])
-    )
-    if asked != found:
-        differing = [name for name in asked if asked[name] != found.get(name)]
+    asked, found = json.loads(json.dumps(dataclasses.asdict(config))), made["config"]
+    asked["variants"] = {label: asked["variants"].get(label) for label in found["variants"]}  # there may be more
+    differing = [name for name in asked if name not in PER_START and asked[name] != found.get(name)]
+    if differing:
         raise RequestError("out", config.out, f"holds a sweep with another {', '.join(differing)}")
     return [row for row in made["rows"] if "queries_per_s" in row and "versus" not in row], made["commands"]
 
