@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, ServeConfig, from_yaml
+from mnemosyne_jax.errors import RequestError
 from mnemosyne_jax.planning import tick_time, times_alone
 from mnemosyne_jax.serve.budget import BatchLoad
 from mnemosyne_jax.serve.chunking import STEP
@@ -111,6 +112,51 @@ def test_smallest_chunk_runs_now_and_then_where_none_fits():
     *_, prompt = one.run([*DECODES[:2], (1.0, 640, 1)])
     ticks = [b.tick for b in one.loop.batches if any(row.request is prompt.request for row in b.chunks)]
     assert one.scheduler.forced_chunks >= 20 and set(np.diff(ticks)) == {5}
+
+
+def test_areas_smaller_than_a_step_are_filled():
+    one = Simulated(chunk_tokens=16, chunk_buckets=(16,))
+    one.run([(0.0, 640, 1)])
+    assert one.scheduler.forced_chunks == 0 and sum(bool(b.chunks) for b in one.loop.batches) == 40
+
+
+def test_a_deadline_that_cannot_be_kept():
+    """Refused at once if it never could be, later if the queue took the time; demoted, it waits for the others."""
+    refusing = Simulated(late="refuse")
+    with pytest.raises(RequestError, match="deadline_s: got 1.0, is too short: alone it would take"):
+        refusing.scheduler.submit(Request("never", np.zeros(1_000_000, np.int32), 4, deadline_s=1.0), 0.0)
+    assert refusing.scheduler.idle
+    crowd = [Request(i, np.zeros(100_000, np.int32), 2, deadline_s=8.0, stop_ids=()) for i in range(16)]
+    ends = {}
+    for late in ("refuse", "demote", "serve"):
+        one = Simulated(late=late, private_rows=4)
+        sequences, _ = one.loop.tick([one.scheduler.check(r, 0.0) for r in crowd])
+        while not one.loop.idle:
+            one.loop.tick()
+        assert {s.reason.partition(":")[0] for s in sequences} == {"length"} | (
+            {"refused"} if late == "refuse" else set()
+        )
+        assert all(pool.free == pool.size for pool in one.scheduler.places.pools)
+        ends[late] = sum(bool(s.tokens) and s.timeline.ttft_s <= 8.0 for s in sequences)
+    assert 0 < ends["serve"] <= min(ends["refuse"], ends["demote"]) < 16
+
+
+def test_queue_is_bounded_in_tokens_too():
+    one = Simulated(max_waiting_tokens=1000)
+    for i in range(2):
+        one.scheduler.submit(Request(i, np.zeros(600, np.int32)), 0.0)
+    with pytest.raises(RequestError, match="queue: got 1200, is full: no request is taken while 1000 tokens"):
+        one.scheduler.submit(Request(2, [0]), 0.0)
+    one.loop.tick()  # admitted: they wait no more
+    one.scheduler.submit(Request(2, [0]), one.executor.now())
+
+
+def test_decodes_that_alone_break_the_budget_are_said(caplog):
+    one = Simulated(tbt_slo_s=1e-4)
+    one.run(DECODES)
+    assert one.scheduler.crowded_ticks > 100
+    (record,) = caplog.records
+    assert "decodes alone are predicted to take" in record.message
 
 
 def ttft_of_shorts(policy, **serve):

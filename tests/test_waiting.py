@@ -41,6 +41,17 @@ def test_order_is_that_of_the_policy(policy, asked, now_s, data):
         assert lets_others_pass == (not late and not policy.startswith("fcfs"))
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "edf", "srpt", "lars"])
+def test_order_holds_while_the_first_are_taken_out(policy):
+    queue, sequences = filled(policy, [(100, 3.0), (5, 1.0), (100, 2.0), (7, 0.0)])
+    expected = [sequence for sequence, _ in queue.in_order(1.0)]
+    found = []
+    for sequence, _ in queue.in_order(1.0):
+        queue.remove(sequence)  # as it is admitted
+        found.append(sequence)
+    assert found == expected and len(found) == len(sequences) and not queue.tokens
+
+
 def test_without_a_policy_the_queue_is_a_queue():
     queue, sequences = filled(None, [(5, 3.0), (9_000_000, 1.0), (1, 2.0)])
     assert list(queue.in_order(1e9)) == [(s, False) for s in sequences]

@@ -97,7 +97,7 @@ class TickBudget:
         program_s = self._time.program_s(shared, private)
         return math.inf if program_s is None else program_s + max(self._older_attention_s, *load.attention_s)
 
-    def largest_chunk(self, sequence: Sequence, room_tokens: int, budget_s: float) -> int:
+    def largest_chunk(self, sequence: Sequence, room_tokens: int, budget_s: float, step: int = STEP) -> int:
         """The largest next chunk of a prompt with which the tick is predicted to keep `budget_s`; 0 for none."""
         ticks, load, start = self._time, self.load, sequence.prompt_scheduled
         page_tokens, chunk_s = ticks.page_tokens, ticks.cost.chunk_s
@@ -124,7 +124,7 @@ class TickBudget:
             )
 
         left = len(sequence.request.prompt) - start
-        return largest_fitting(left, room_tokens, fits) if fits(min(left, room_tokens, STEP)) else 0
+        return largest_fitting(left, room_tokens, fits, step) if fits(min(left, room_tokens, step)) else 0
 
     def add_chunk(self, sequence: Sequence, tokens: int) -> None:
         shared = sequence.group is None

@@ -17,16 +17,16 @@ def largest_chunk(sequence: Sequence, room_tokens: int) -> int:
     return min(len(sequence.request.prompt) - sequence.prompt_scheduled, room_tokens)
 
 
-def largest_fitting(left: int, most: int, fits: Callable[[int], bool]) -> int:
-    """The largest chunk that `fits`: all that is `left` of a prompt, or a multiple of STEP; at most `most`; 0 for none.
+def largest_fitting(left: int, most: int, fits: Callable[[int], bool], step: int = STEP) -> int:
+    """The largest chunk that `fits`: all that is `left` of a prompt, or a multiple of `step`; at most `most`; 0: none.
 
     `fits` must be monotone: what is smaller than a chunk that fits, fits.
     """
     most = min(left, most)
     if most > 0 and most == left and fits(left):
         return left
-    low, high = 0, most // STEP + 1  # in steps: low fits, high does not
+    low, high = 0, most // step + 1  # in steps: low fits, high does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * STEP) else (low, middle)
-    return low * STEP
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    return low * step

@@ -205,7 +205,7 @@ class Scheduler:
         serve, area = self.serve, ChunkRoom(self.serve, self.mesh.kvp, self._fits)
         tick_time, without_room = self._tick_time, 0
         assert tick_time
-        empty = BatchLoad.empty(self.mesh.kvp)
+        step, empty = min(STEP, serve.chunk_tokens), BatchLoad.empty(self.mesh.kvp)
         budget = TickBudget(tick_time, self._loads, tick_time.with_decodes(empty, decodes))
         budget_s = serve.tbt_slo_s / self.mesh.spp if self._decoding else serve.idle_tick_s
         if decodes and budget.seconds() > budget_s:
@@ -219,9 +219,9 @@ class Scheduler:
             share = 1.0
             if long and len(prefills) > 1 and serve.policy == "lars":  # to whom it yields
                 share -= min(max(relative_slack(s, now_s), 0.0), serve.long_yield)
-            length = budget.largest_chunk(s, room, budget_s * share)
+            length = budget.largest_chunk(s, room, budget_s * share, step)
             if not length and self.tick - self._last_chunk_tick >= serve.least_chunk_every:
-                length = min(STEP, room, len(s.request.prompt) - s.prompt_scheduled)
+                length = min(step, room, len(s.request.prompt) - s.prompt_scheduled)
                 self.forced_chunks += 1
             if length:
                 long_groups |= groups
@@ -281,3 +281,4 @@ class Scheduler:
             self.places.release(sequence)
         sequence.phase, sequence.reason = Phase.FINISHED, reason
         del self.sequences[sequence.request.id]
+        self.places.drain(self.tick - self.mesh.spp)  # of one that no tick has carried yet, at once

@@ -45,7 +45,8 @@ class WaitingQueue:
         if self._policy is None or not self._sequences:
             yield from ((sequence, False) for sequence in list(self._sequences))
             return
-        arrival_s, due_s, work_s = self._facts[:, : len(self._sequences)]
+        # Whoever is admitted on the way is removed: the order is that of before.
+        arrival_s, due_s, work_s = self._facts[:, : len(self._sequences)].copy()
         keys = key(self._policy, now_s, arrival_s, due_s, work_s, work_s)  # nothing is done: all work is left
         patient = (due_s - now_s - work_s > 0) & (not self._policy.startswith("fcfs"))
         if self._demote_late:
