@@ -24,7 +24,7 @@ ACTIVATION_FRACTION = 0.15  # of a device's memory, kept for a tick's activation
 class Plan:
     """Bytes per device and the longest context of one request alone, for a model on a mesh of one kind of device.
 
-    `ttft_s` and `tbt_s` are None until the hardware is calibrated.
+    `ttft_s` and `tbt_s` are those predicted of `context_tokens`; None if the hardware is not calibrated.
     """
 
     weight_bytes_per_device: int
@@ -49,6 +49,7 @@ def plan(model: ModelConfig, hardware: HardwareConfig, mesh: MeshSpec, context_t
     token_bytes = model.kv_bytes_per_token(dtype_bytes, mesh.tp)
     room = int(hardware.memory_bytes * (1 - ACTIVATION_FRACTION)) - weight_bytes
     longest = max(0, room) * mesh.devices // token_bytes
+    ttft_s, tbt_s = _alone(model, hardware, mesh, context_tokens) if hardware.fitted else (None, None)
     return Plan(
         weight_bytes_per_device=weight_bytes,
         kv_bytes_per_token=token_bytes,
@@ -56,7 +57,19 @@ def plan(model: ModelConfig, hardware: HardwareConfig, mesh: MeshSpec, context_t
         longest_context_tokens=longest,
         context_tokens=context_tokens,
         fits=context_tokens <= longest,
+        ttft_s=ttft_s,
+        tbt_s=tbt_s,
     )
+
+
+def _alone(model: ModelConfig, hardware: HardwareConfig, mesh: MeshSpec, context_tokens: int) -> tuple[float, float]:
+    """(TTFT, TBT) in seconds of one request alone on the mesh, in large chunks."""
+    serve = ServeConfig(chunk_tokens=8192, chunk_buckets=(128, 512, 2048, 8192))
+    ticks, groups = tick_time(model, hardware, mesh, serve), mesh.kvp
+    rows = ticks.program_rows(0, 0)
+    assert rows is not None
+    token_s = ticks.cost.program_s(*rows) + ticks.cost.decode_s(context_tokens / groups)
+    return times_alone(ticks, serve, context_tokens).alone_s(context_tokens), mesh.spp * token_s
 
 
 def pages_that_fit(model: ModelConfig, hardware: HardwareConfig, mesh: MeshSpec, page_tokens: int) -> int:

@@ -1,0 +1,40 @@
+"""What is known before anything is loaded: the facts of a device by its name, and what they predict."""
+
+from dataclasses import replace
+
+import pytest
+
+import mnemosyne_jax as mn
+from mnemosyne_jax.config import HardwareConfig
+from mnemosyne_jax.planning import hardware_of
+
+LLAMA_8B = mn.from_yaml(mn.ModelConfig, "configs/model/llama-3-8b.yaml")
+
+
+@pytest.mark.parametrize(
+    "kind, name", [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA H200", "h200")]
+)
+def test_devices_are_known_by_their_names(kind, name):
+    found = hardware_of(kind)
+    assert found.name == name and found == mn.from_yaml(HardwareConfig, f"configs/hardware/{name}.yaml")
+
+
+def test_an_unknown_device_is_a_small_one():
+    assert hardware_of("cpu") == HardwareConfig() == hardware_of("TPU v9")
+
+
+def test_plan_predicts_times_of_calibrated_hardware_alone():
+    h100 = hardware_of("NVIDIA H100 80GB HBM3")
+    assert mn.plan(LLAMA_8B, replace(h100, fitted=False), mn.MeshSpec(), 131_072).ttft_s is None
+    fitted = replace(h100, fitted=True)
+    one, eight = (mn.plan(LLAMA_8B, fitted, mesh, 131_072) for mesh in (mn.MeshSpec(), mn.MeshSpec(tp=8)))
+    assert one.ttft_s and one.tbt_s and eight.ttft_s and eight.tbt_s
+    assert 4 < one.ttft_s / eight.ttft_s <= 8 and 2 < one.tbt_s / eight.tbt_s <= 8
+    floor_s = 2 * LLAMA_8B.weights * 131_072 / h100.matmul_flops_per_s
+    assert floor_s < one.ttft_s < 10 * floor_s
+    groups = mn.plan(LLAMA_8B, fitted, mn.MeshSpec(kvp=4), 1_000_000)
+    assert groups.tbt_s and groups.tbt_s < mn.plan(LLAMA_8B, fitted, mn.MeshSpec(), 1_000_000).tbt_s
+
+
+def test_engines_go_by_policy_and_time_unless_told_otherwise():
+    assert (mn.ServeConfig().policy, mn.ServeConfig().chunking) == ("lars", "adaptive")
