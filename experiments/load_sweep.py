@@ -96,9 +96,12 @@ def conclusions(config: LoadSweepConfig, rows: list[Row]) -> list[Row]:
 
 
 def sweep(config: LoadSweepConfig, rows: list[Row], keep: Callable[[], None]) -> None:
-    """Adds the rows of each run that `rows` lacks, and calls `keep` after each run."""
+    """Adds the rows of each run that `rows` lacks, and calls `keep` after each run.
+
+    Each run has a process of its own, which ends with it even if this one was killed.
+    """
     spawn = multiprocessing.get_context("spawn")  # a fork of a process that has threads, as jax's has, may hang
-    with ProcessPoolExecutor(config.max_workers, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(config.max_workers, mp_context=spawn, max_tasks_per_child=1) as pool:
         running: dict[Future[list[Row]], str] = {}
 
         def start(label: str) -> None:

@@ -26,6 +26,7 @@ def args(tmp_path):
 
 
 def test_a_sweep_is_recorded_drawn_and_taken_up_again(args, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(load_sweep, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
     assert load_sweep.main([*args, "--queries_per_s", "[1.0,2.0]"]) == 0
     first = json.loads((tmp_path / "sweep.json").read_text())
     found = load_measures.table(first["rows"])
@@ -43,9 +44,6 @@ def test_a_sweep_is_recorded_drawn_and_taken_up_again(args, tmp_path, capsys, mo
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
     (tmp_path / "sweep.png").unlink()
-    monkeypatch.setattr(
-        load_sweep, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n)
-    )  # starts at once
     assert load_sweep.main([*args, "--queries_per_s", "[1.0,2.0,0.5]"]) == 0  # runs what is new, keeps the rest
     second = json.loads((tmp_path / "sweep.json").read_text())
     kept = [r for r in first["rows"] if r["name"] == "replay"]
@@ -57,6 +55,11 @@ def test_a_sweep_is_recorded_drawn_and_taken_up_again(args, tmp_path, capsys, mo
     assert load_sweep.main([*args, "--redraw"]) == 0 and (tmp_path / "sweep.json").read_bytes() == before
     assert load_sweep.main([*args, "--replay.seed", "7"]) == 2 and "replay" in capsys.readouterr().err
     assert load_sweep.main([*args, "--only", "[larz]"]) == 2 and "larz" in capsys.readouterr().err
+
+
+def test_runs_have_processes_of_their_own(args, tmp_path):
+    assert load_sweep.main([*args, "--queries_per_s", "[1.0]", "--only", "[lars]"]) == 0
+    assert load_measures.table(json.loads((tmp_path / "sweep.json").read_text())["rows"])["lars"].keys() == {1.0}
 
 
 def run_rows(variant, load, in_time, ttft_s=1.0, tbt_s=0.03):
