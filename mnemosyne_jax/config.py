@@ -136,8 +136,9 @@ class ServeConfig:
 
     Prompts go in the order of `policy` (`serve/policy.py`). Chunks are `adaptive`: they fill the time that a cost model
     predicts. While anything decodes, a token of it may take `tbt_slo_s` through the whole pipe; else a tick may take
-    `idle_tick_s`, which is how long an arrival waits. A long prompt that has slack yields up to the share `long_yield`
-    of the budget to others. Where not even the smallest chunk fits, one still runs every `least_chunk_every` ticks.
+    `idle_tick_s`, which is how long an arrival waits. Beside others a long prompt
+    leaves a share of the budget to them: its relative slack, at least `least_yield` and at most `long_yield`. Where not
+    even the smallest chunk fits, one still runs every `least_chunk_every` ticks.
     `fixed` chunks fill the token budget, whatever time that takes.
 
     At most `max_waiting` requests, and `max_waiting_tokens` of prompts (None: any), wait. A request that is `late`, so
@@ -163,6 +164,7 @@ class ServeConfig:
     chunking: Literal["adaptive", "fixed"] = "adaptive"
     tbt_slo_s: float = 0.030
     idle_tick_s: float = 0.25
+    least_yield: float = 0.1
     long_yield: float = 0.4
     least_chunk_every: int = 4
     impl: Literal["auto", "reference", "mosaic"] = "auto"

@@ -180,6 +180,22 @@ def test_a_long_prompt_with_slack_yields():
     assert with_yield <= without
 
 
+def test_a_long_prompt_that_is_late_still_leaves_something():
+    """Late from the start, it goes first; what little it leaves is enough for short ones to be in time."""
+
+    def ttfts_s(**serve):
+        one = Simulated(idle_tick_s=0.1, **serve)
+        late = Request("long", np.zeros(1_000_000, np.int32), 4, 0.0, deadline_s=0.001, stop_ids=())
+        (long,), _ = one.loop.tick([one.scheduler.check(late, 0.0 - 0.0005)])
+        shorts = one.run([(1.0 + 0.5 * i, 2000, 8) for i in range(20)])
+        return np.array([s.timeline.ttft_s for s in shorts]), long.timeline.ttft_s
+
+    shorts_s, long_s = ttfts_s()
+    greedy_shorts_s, greedy_long_s = ttfts_s(least_yield=0.0)
+    assert shorts_s.max() <= 0.5 < greedy_shorts_s.max()
+    assert long_s <= 1.1 * greedy_long_s
+
+
 def test_at_most_one_long_prompt_in_a_group():
     one = Simulated(mesh=MeshSpec(kvp=2, tp=4), pool_pages=10_000, chunk_buckets=(128, 512, 1024, 2048, 8192))
     one.run([(0.0, 200_000, 2), (0.0, 300_000, 2), (0.1, 60_000, 2), (0.1, 50_000, 2)])

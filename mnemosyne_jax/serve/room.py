@@ -24,6 +24,15 @@ class ChunkRoom:
         self._rows[sequence.group] += 1
         self._tokens[sequence.group] += tokens
 
+    def yielding(self, sequence: Sequence, tokens: int, share: float, step: int) -> int:
+        """Of a chunk what lies in its share of the smallest bucket that holds it, in multiples of `step`.
+
+        The rest of the bucket costs nothing; a chunk that filled it would leave others the time, and no place.
+        """
+        taken = self._tokens[sequence.group]
+        bucket = next((b for b in self._largest_first[::-1] if b >= taken + tokens), 0)
+        return min(tokens, max(int(share * bucket) // step * step - taken, step)) if share < 1 else tokens
+
     def tokens_for(self, sequence: Sequence) -> int:
         """Tokens that a sequence may still add: in the budget of every group it loads, in a program that exists."""
         serve, group, taken = self._serve, sequence.group, self._tokens

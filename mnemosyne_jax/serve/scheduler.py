@@ -218,8 +218,8 @@ class Scheduler:
                 continue
             share = 1.0
             if long and len(prefills) > 1 and serve.policy == "lars":  # to whom it yields
-                share -= min(max(relative_slack(s, now_s), 0.0), serve.long_yield)
-            length = budget.largest_chunk(s, room, budget_s * share, step)
+                share -= min(max(relative_slack(s, now_s), serve.least_yield), serve.long_yield)
+            length = area.yielding(s, budget.largest_chunk(s, room, budget_s * share, step), share, step)
             if not length and self.tick - self._last_chunk_tick >= serve.least_chunk_every:
                 length = min(step, room, len(s.request.prompt) - s.prompt_scheduled)
                 self.forced_chunks += 1
