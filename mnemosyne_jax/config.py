@@ -141,9 +141,10 @@ class ServeConfig:
     even the smallest chunk fits, one still runs every `least_chunk_every` ticks.
     `fixed` chunks fill the token budget, whatever time that takes.
 
-    At most `max_waiting` requests, and `max_waiting_tokens` of prompts (None: any), wait. A request that is `late`, so
-    that its deadline is predicted to be missed even if it ran alone from now on, is served in its turn, or demoted
-    behind all that are on time until ten times its deadline has passed, or, if the deadline was asked for, refused.
+    At most `max_waiting` requests, and `max_waiting_tokens` of prompts (None: any), wait. A request is `late` if its
+    deadline is predicted to be missed even if it ran alone from now on. Such a request is served in its turn (`serve`),
+    or behind all that can still be in time until ten times its deadline has passed (`demote`), or, if the deadline was
+    asked for and it still waits, not at all (`refuse`).
     """
 
     page_tokens: int = 128
@@ -160,7 +161,7 @@ class ServeConfig:
     max_waiting_tokens: int | None = None
     ahead: int = 1
     policy: Literal["fcfs", "fcfs_exclusive", "edf", "srpt", "lars"] = "lars"
-    late: Literal["serve", "demote", "refuse"] = "serve"
+    late: Literal["serve", "demote", "refuse"] = "demote"
     chunking: Literal["adaptive", "fixed"] = "adaptive"
     tbt_slo_s: float = 0.030
     idle_tick_s: float = 0.25
