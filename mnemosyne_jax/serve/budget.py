@@ -6,9 +6,9 @@ pipe, at the rows of the smallest program that holds each of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mnemosyne_jax.serve.batch import DecodeRow
 from mnemosyne_jax.serve.chunking import STEP, largest_fitting
@@ -21,8 +21,7 @@ from mnemosyne_jax.serve.request import Sequence
 ProgramRows = Callable[[int, int], tuple[int, int] | None]
 
 
-@dataclass(frozen=True)
-class BatchLoad:
+class BatchLoad(NamedTuple):
     """One batch, wherever it is in the pipe: chunk tokens, and seconds of attention in a stage, by group."""
 
     shared_tokens: int
@@ -63,11 +62,11 @@ class TickTime:
         for row in rows:
             if row.group is not None:  # all of its keys are there
                 keys[row.group] += row.position + 1
-                continue
-            for span in row.spans:
-                keys[span.group] += span.local_tokens(row.position + 1, self.page_tokens)
-        attention_s = tuple(s + self.cost.decode_s(k) for s, k in zip(load.attention_s, keys, strict=True))
-        return BatchLoad(load.shared_tokens, load.private_tokens, attention_s)
+            else:
+                for span in row.spans:
+                    keys[span.group] += span.local_tokens(row.position + 1, self.page_tokens)
+        attention_s = [s + self.cost.decode_s(k) for s, k in zip(load.attention_s, keys, strict=True)]
+        return load._replace(attention_s=tuple(attention_s))
 
     def with_chunk(self, load: BatchLoad, spans: tuple[Span, ...], shared: bool, start: int, tokens: int) -> BatchLoad:
         """The load with `tokens` more of a prompt of which `start` are stored."""
@@ -89,13 +88,6 @@ class TickBudget:
         self._older_shared = max((one.shared_tokens for one in older), default=0)
         self._older_private = max((max(one.private_tokens) for one in older), default=0)
         self._older_attention_s = max((max(one.attention_s) for one in older), default=0.0)
-
-    def seconds(self) -> float:
-        """Of the tick so far; infinite if no program holds it."""
-        load = self.load
-        shared, private = max(self._older_shared, load.shared_tokens), max(self._older_private, *load.private_tokens)
-        program_s = self._time.program_s(shared, private)
-        return math.inf if program_s is None else program_s + max(self._older_attention_s, *load.attention_s)
 
     def largest_chunk(self, sequence: Sequence, room_tokens: int, budget_s: float, step: int = STEP) -> int:
         """The largest next chunk of a prompt with which the tick is predicted to keep `budget_s`; 0 for none."""

@@ -50,6 +50,7 @@ class Scheduler:
         self._loads = deque(
             [BatchLoad.empty(mesh.kvp)] * (mesh.spp - 1), maxlen=mesh.spp - 1
         )  # of the pipe, newest first
+        self._empty = BatchLoad.empty(mesh.kvp)
         self._last_chunk_tick = -1
         self.forced_chunks = 0  # chunks that ran although their tick was predicted to be over budget
         self.crowded_ticks = 0  # ticks whose decodes alone were
@@ -137,7 +138,10 @@ class Scheduler:
         self.places.drain(self.tick - self.mesh.spp)
         self._admit(now_s)
         decodes = self._decode_rows()
-        chunks = tuple(self._chunk_rows(now_s) if self._tick_time is None else self._timed_chunk_rows(decodes, now_s))
+        if self._tick_time is None:
+            chunks = tuple(self._chunk_rows(now_s))
+        else:
+            chunks = tuple(self._timed_chunk_rows(self._tick_time, decodes, now_s))
         batch = Batch(self.tick, decodes, chunks)
         self.tick += 1
         return batch
@@ -200,17 +204,21 @@ class Scheduler:
             prefills.sort(key=lambda s: priority(policy, s, now_s, demote_late))
         return prefills[:1] if self._prefill_times and policy == "fcfs_exclusive" else prefills
 
-    def _timed_chunk_rows(self, decodes: tuple[DecodeRow, ...], now_s: float) -> Iterable[ChunkRow]:
+    def _timed_chunk_rows(
+        self, tick_time: TickTime, decodes: tuple[DecodeRow, ...], now_s: float
+    ) -> Iterable[ChunkRow]:
         """Chunks by time budget; at most one long prompt in any group."""
-        serve, area = self.serve, ChunkRoom(self.serve, self.mesh.kvp, self._fits)
-        tick_time, without_room = self._tick_time, 0
-        assert tick_time
-        step, empty = min(STEP, serve.chunk_tokens), BatchLoad.empty(self.mesh.kvp)
-        budget = TickBudget(tick_time, self._loads, tick_time.with_decodes(empty, decodes))
+        serve, load = self.serve, tick_time.with_decodes(self._empty, decodes)
         budget_s = serve.tbt_slo_s / self.mesh.spp if self._decoding else serve.idle_tick_s
-        if decodes and budget.seconds() > budget_s:
-            self._say_crowded(budget.seconds(), budget_s)
+        decodes_s = (tick_time.program_s(0, 0) or 0.0) + max(load.attention_s)
+        if decodes and decodes_s > budget_s:
+            self._say_crowded(decodes_s, budget_s)
+        if not self._prefilling:  # most ticks
+            self._loads.appendleft(load)
+            return
+        budget, area = TickBudget(tick_time, self._loads, load), ChunkRoom(serve, self.mesh.kvp, self._fits)
         prefills, long_groups = self._prefills(now_s), set[int]()
+        step, without_room = min(STEP, serve.chunk_tokens), 0
         for s in prefills:
             long = len(s.request.prompt) > serve.span_tokens
             groups = {span.group for span in s.spans} if long else set[int]()
@@ -230,8 +238,7 @@ class Scheduler:
                 yield self._take_chunk(area, s, length)
             elif (without_room := without_room + 1) == MOST_PASSED:
                 break
-        if self.mesh.spp > 1:
-            self._loads.appendleft(budget.load)
+        self._loads.appendleft(budget.load)
 
     def _say_crowded(self, predicted_s: float, budget_s: float) -> None:
         if not self.crowded_ticks:

@@ -133,8 +133,8 @@ def _work_s(tick_time: TickTime, load: BatchLoad) -> tuple[float, ...]:
     """Seconds of a stage for the rows of each group, were there no other group and no other batch."""
     made = []
     for private, attention_s in zip(load.private_tokens, load.attention_s, strict=True):
-        rows = tick_time.program_rows(load.shared_tokens, private)
-        assert rows is not None, "no program holds a group of a batch"
+        program_s = tick_time.program_s(load.shared_tokens, private)
+        assert program_s is not None, "no program holds a group of a batch"
         idle = not (load.shared_tokens or private or attention_s)
-        made.append(0.0 if idle else tick_time.cost.program_s(*rows) + attention_s)
+        made.append(0.0 if idle else program_s + attention_s)
     return tuple(made)
