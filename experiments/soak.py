@@ -121,9 +121,9 @@ def main(args: list[str] | None = None) -> int:
             rows.append(results.row("soak", round(took_s, 1), "s", **where))
             counts = ", ".join(f"{count} {name}" for name, count in (faults | became).items())
             print(f"{where['trace']}, {policy}: {counts}; {took_s:.0f} s", flush=True)
+            if config.out:  # what was found so far, should the rest be cut short
+                results.write(config.out, results.document(config, rows))
     made = results.document(config, rows)
-    if config.out:
-        results.write(config.out, made)
     kept = (
         results.check(made) if config.check else all(results.keeps(r["value"], r["must"]) for r in rows if "must" in r)
     )
