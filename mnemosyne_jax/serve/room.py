@@ -31,7 +31,7 @@ class ChunkRoom:
         """
         taken = self._tokens[sequence.group]
         bucket = next((b for b in self._largest_first[::-1] if b >= taken + tokens), 0)
-        return min(tokens, max(int(share * bucket) // step * step - taken, step)) if share < 1 else tokens
+        return min(tokens, max((int(share * bucket) - taken) // step * step, step)) if share < 1 else tokens
 
     def tokens_for(self, sequence: Sequence) -> int:
         """Tokens that a sequence may still add: in the budget of every group it loads, in a program that exists."""
