@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import command_line, kernel_record, results, rivals
+from experiments import ceilings, command_line, kernel_record, results, rivals
 from experiments.clocks import REST_S, Clock, jax_clock
 from experiments.kernel_inputs import (
     BenchKernelsConfig,
@@ -201,7 +201,7 @@ def bench_sustained(config: BenchKernelsConfig, found: Found) -> None:
             clocks[OURS] = jax_clock(launch), shape.flops
         if rival := found.fastest_rival(shape):
             clocks[rival] = rivals.RIVALS[rival](shape, 1), shape.full_flops
-        clocks["matmul"] = matmul_clock(config), 2 * config.matmul_size**3
+        clocks["matmul"] = ceilings.matmul_clock(config.matmul_size), 2 * config.matmul_size**3
         for name, (clock, flops) in clocks.items():
             clock(1)
             launches = max(1, round(config.sustained_s / max(clock(1), 1e-6)))
@@ -213,28 +213,7 @@ def bench_sustained(config: BenchKernelsConfig, found: Found) -> None:
         rivals.free()
 
 
-# The device, the merge, the others.
-
-
-def matmul_clock(config: BenchKernelsConfig) -> Clock:
-    n = config.matmul_size
-    a, b = normal(0, (n, n)), normal(1, (n, n))
-    product = jax.jit(jnp.matmul)
-    return jax_clock(lambda: product(a, b))
-
-
-def measure_ceilings(config: BenchKernelsConfig) -> dict[str, float]:
-    """What the device reaches on a large matrix product and a large copy."""
-    matmul = config.time(matmul_clock(config), 1)
-    source = jax.jit(lambda: jax.random.bits(jax.random.key(0), (config.copy_bytes // 4,), jnp.uint32))()
-    copy = jax.jit(jnp.copy)
-    copied = config.time(jax_clock(lambda: copy(source)), 1)
-    ceilings = dict(
-        matmul_tflops=2e-12 * config.matmul_size**3 / matmul.median_s,
-        copy_tb_per_s=2e-12 * source.nbytes / copied.median_s,
-    )
-    print(words(**{name: f"{value:.4g}" for name, value in ceilings.items()}), flush=True)
-    return ceilings
+# The merge, the others.
 
 
 def bench_merge(config: BenchKernelsConfig, found: Found, copy_tb_per_s: float) -> None:
@@ -269,10 +248,14 @@ def main(args: list[str] | None = None) -> int:
     if config.quick:
         config = dataclasses.replace(config, contexts=(max(config.contexts),), head_dims=config.head_dims[:1])
     bounded = config.impl == "mosaic" and (config.query_heads, config.kv_heads) == (32, 8)
-    found, ceilings = Found(jax.devices()[0].device_kind if bounded else None), measure_ceilings(config)
+    found = Found(jax.devices()[0].device_kind if bounded else None)
+    measure_ceilings = functools.partial(
+        ceilings.measure, config.matmul_size, config.copy_bytes, config.sample_ms / 1e3
+    )
+    reached = measure_ceilings()
 
     def save() -> dict[str, Any]:
-        made = results.document(config, found.rows, ceilings) | {"convention": CONVENTION, "absent": found.absent}
+        made = results.document(config, found.rows, reached) | {"convention": CONVENTION, "absent": found.absent}
         made["versions"] |= rivals.versions()
         if config.out:
             results.write(config.out, made)
@@ -282,8 +265,8 @@ def main(args: list[str] | None = None) -> int:
     bench_sustained(config, found)
     save()
     if not config.quick:
-        bench_merge(config, found, ceilings["copy_tb_per_s"])
-    ceilings |= {f"{name}_at_the_end": value for name, value in measure_ceilings(config).items()}
+        bench_merge(config, found, reached["copy_tb_per_s"])
+    reached |= {f"{name}_at_the_end": value for name, value in measure_ceilings().items()}
     made = save()
     if config.plot and not kernel_record.save_png(made, config.plot):
         print(f"{config.plot} was not written: there is no matplotlib here", file=sys.stderr)

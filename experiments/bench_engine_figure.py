@@ -1,0 +1,62 @@
+"""The picture of a record of `bench_engine`: TTFT and TBT against context, beside a rival and the floors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.bench_engine_record import RIVAL, RIVAL_POINTS, TBT, TTFT, floors
+from mnemosyne_jax.config import MeshSpec, ModelConfig, from_yaml
+
+
+def figure(record: Mapping[str, Any]) -> Any:
+    """TTFT and TBT against context for each shape, as a matplotlib Figure. Raises: ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    config, mesh = record["config"], MeshSpec(**record["config"]["mesh"])
+    drawn = Figure(figsize=(12, 0.6 + 4.2 * len(config["models"])), layout="constrained")
+    panels = drawn.subplots(len(config["models"]), 2, squeeze=False)
+    for path, row in zip(config["models"], panels, strict=True):
+        shape = Path(path).stem
+        for axes, name, unit, column in zip(row, (TTFT, TBT), ("s", "ms"), (0, 1), strict=True):
+            ours = [r for r in record["rows"] if r["name"] == name and r.get("shape") == shape]
+            for label in dict.fromkeys(_label(r) for r in ours):
+                points = sorted((r["context"], r["value"]) for r in ours if _label(r) == label)
+                axes.plot(*zip(*points, strict=True), "o-", linewidth=2, markersize=5, label=label)
+            rival = [(context, point[column]) for context, point in RIVAL_POINTS.get(shape, {}).items()]
+            if rival:
+                axes.plot(*zip(*rival, strict=True), "x--", color="black", linewidth=1.2, label=RIVAL)
+            contexts = sorted({r["context"] for r in ours} | {context for context, _ in rival})
+            if contexts and record.get("ceilings") and Path(path).exists():
+                model = from_yaml(ModelConfig, path)
+                lows = [floors(model, context, record["ceilings"], mesh.devices)[column] for context in contexts]
+                axes.plot(contexts, lows, ":", color="grey", label="floor of this run's matmul or copy")
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_title(f"{shape}: {name}")
+            axes.set_xlabel("context (tokens)")
+            axes.set_ylabel(f"{name} ({unit})")
+            axes.grid(alpha=0.25, which="both")
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize="small")
+    versions, device = record["versions"], record["device"]
+    drawn.suptitle(f"{device['kind']}, {mesh}, bf16, one request alone; jax {versions['jax']}")
+    return drawn
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    if row.get("cache") == "filled":
+        return "ours, cache filled"
+    return f"ours, chunk {row['chunk']}"
+
+
+def save_png(record: Mapping[str, Any], path: str | Path) -> bool:
+    """Whether the figure was written: not without matplotlib."""
+    try:
+        drawn = figure(record)
+    except ImportError:
+        return False
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=120)
+    return True
