@@ -3,7 +3,7 @@
 `python -m experiments.bench_engine --config_path configs/bench_engine.yaml --out FILE.json --plot FILE.png --check`
 prints a line for each measurement and saves the record after each. `--decode_only` fills the cache instead of
 prefilling, so that a context of 10M tokens takes seconds; `--profile` adds where a tick's time goes on a GPU.
-`--redraw FILE.json --plot FILE.png` draws an old record again and measures nothing. One process only.
+`--redraw "[FILE.json, ...]" --plot FILE.png` draws records of one device together and measures nothing. One process.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class BenchEngineConfig:
     copy_bytes: int = 4 << 30
     sample_ms: float = 50.0
     virtual_devices: int = 0
-    redraw: str | None = None
+    redraw: tuple[str, ...] = ()
     plot: str | None = None
     out: str | None = None
     check: bool = False
@@ -208,7 +208,8 @@ def main(args: list[str] | None = None) -> int:
     """The exit code: 1 if a must is missed that was to be checked, or if nothing could be drawn again."""
     config: BenchEngineConfig = command_line.read(BenchEngineConfig, args)
     if config.redraw:
-        return 0 if figure.save_png(json.loads(Path(config.redraw).read_text()), config.plot or "") else 1
+        records = [json.loads(Path(name).read_text()) for name in config.redraw]
+        return 0 if figure.save_png(figure.together(records), config.plot or "") else 1
     use_virtual_devices(config.virtual_devices)
     end_s, found = time.monotonic() + config.seconds, Found(None)
 

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.bench_engine_record import RIVAL, RIVAL_POINTS, TBT, TTFT, floors
 from mnemosyne_jax.config import MeshSpec, ModelConfig, from_yaml
+
+
+def together(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows of several runs in one record, with the ceilings of the first.
+
+    Raises: ValueError if they are of different devices or meshes.
+    """
+    first, *others = records
+    for other in others:
+        if (other["device"]["kind"], other["config"]["mesh"]) != (first["device"]["kind"], first["config"]["mesh"]):
+            raise ValueError(f"records of {first['device']['kind']} and {other['device']['kind']}, or of two meshes")
+    models = list(dict.fromkeys(path for record in records for path in record["config"]["models"]))
+    rows = [row for record in records for row in record["rows"]]
+    return {**first, "config": {**first["config"], "models": models}, "rows": rows}
 
 
 def figure(record: Mapping[str, Any]) -> Any:

@@ -91,8 +91,13 @@ def test_picture_is_drawn_and_drawn_again(run):
     pytest.importorskip("matplotlib")
     _, made, folder = run
     first = (folder / "a.png").read_bytes()
-    assert bench_engine.main(["--redraw", str(folder / "a.json"), "--plot", str(folder / "b.png")]) == 0
+    assert bench_engine.main(["--redraw", f"[{folder / 'a.json'}]", "--plot", str(folder / "b.png")]) == 0
     assert first.startswith(b"\x89PNG") and (folder / "b.png").read_bytes() == first
+    longer = made | {"config": made["config"] | {"models": ["other.yaml"]}}
+    both = bench_engine_figure.together([made, longer])
+    assert len(both["rows"]) == 2 * len(made["rows"]) and both["config"]["models"][1] == "other.yaml"
+    with pytest.raises(ValueError, match="records of"):
+        bench_engine_figure.together([made, made | {"device": {"kind": H100}}])
     made["config"]["models"] = ["configs/model/llama-3-8b.yaml"]
     rows = [r | {"shape": "llama-3-8b"} for r in made["rows"]] + [
         results.row(record.TBT, 25.0, "ms", shape="llama-3-8b", context=393_216, cache="filled")
@@ -234,7 +239,7 @@ def test_rows_of_a_profile():
 
 def test_refuses(capsys):
     for args, reason in (
-        (["--redraw", "a.json"], "needs --plot"),
+        (["--redraw", "[a.json]"], "needs --plot"),
         (["--chunks", "[]"], "must be positive"),
         (["--new_tokens", "2"], "must be 8 or more"),
     ):
