@@ -196,6 +196,12 @@ def test_a_long_prompt_that_is_late_still_leaves_something():
     assert long_s <= 1.1 * greedy_long_s
 
 
+def test_short_requests_have_a_place_beside_a_prompt_of_all_groups():
+    one = Simulated(mesh=MeshSpec(kvp=2, tp=4), pool_pages=10_000, chunk_buckets=(128, 512, 2048, 8192))
+    long, *shorts = one.run([(0.0, 1_000_000, 4), *((1.0 + 0.5 * i, 2000, 8) for i in range(20))])
+    assert max(s.timeline.ttft_s for s in shorts) <= 0.5 < long.timeline.ttft_s
+
+
 def test_at_most_one_long_prompt_in_a_group():
     one = Simulated(mesh=MeshSpec(kvp=2, tp=4), pool_pages=10_000, chunk_buckets=(128, 512, 1024, 2048, 8192))
     one.run([(0.0, 200_000, 2), (0.0, 300_000, 2), (0.1, 60_000, 2), (0.1, 50_000, 2)])

@@ -94,7 +94,8 @@ def step_shapes(serve: ServeConfig, mesh: MeshSpec) -> tuple[StepShape, ...]:
     pairs = {(0, 0)} | {(0, b) for b in buckets}
     if mesh.kvp > 1:
         small, large = buckets[0], buckets[-1]
-        pairs |= {(b, 0) for b in buckets} | {(small, large), (large, small), (large, large)}
+        # Beside a long prompt's chunk of any size a short one has a place, or it would wait for the long one's end.
+        pairs |= {(b, 0) for b in buckets} | {(b, small) for b in buckets} | {(small, large), (large, large)}
     shapes = [
         StepShape(
             shared_slots=serve.shared_slots(mesh),
