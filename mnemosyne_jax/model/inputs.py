@@ -94,8 +94,9 @@ def step_shapes(serve: ServeConfig, mesh: MeshSpec) -> tuple[StepShape, ...]:
     pairs = {(0, 0)} | {(0, b) for b in buckets}
     if mesh.kvp > 1:
         small, large = buckets[0], buckets[-1]
-        # Beside a long prompt's chunk of any size a short one has a place, or it would wait for the long one's end.
-        pairs |= {(b, 0) for b in buckets} | {(b, small) for b in buckets} | {(small, large), (large, large)}
+        # Beside a long prompt's chunk of any size a short one has a place, or it would wait for the long one's end. A
+        # smaller chunk that is alone does without a program of its own; a prompt alone runs large ones.
+        pairs |= {(b, small) for b in buckets} | {(large, 0), (small, large), (large, large)}
     shapes = [
         StepShape(
             shared_slots=serve.shared_slots(mesh),
