@@ -66,7 +66,9 @@ def decoding(config: BenchPackingConfig, mesh: MeshSpec, context: int) -> Schedu
     scheduler.enqueue(Request("prompt", prompt[: config.chunk * ticks], 1, arrival_s=0.0, stop_ids=()))
     scheduler._admit(0.0)
     assert scheduler.waiting == 0
-    for sequence in list(scheduler.sequences.values())[:-1]:
+    *scheduler._decoding, prompt_under_way = scheduler.sequences.values()
+    scheduler._prefilling = [prompt_under_way]
+    for sequence in scheduler._decoding:
         sequence.phase = Phase.DECODE
     return scheduler
 
