@@ -209,7 +209,7 @@ def main(args: list[str] | None = None) -> int:
     config: BenchEngineConfig = command_line.read(BenchEngineConfig, args)
     if config.redraw:
         records = [json.loads(Path(name).read_text()) for name in config.redraw]
-        return 0 if figure.save_png(figure.together(records), config.plot or "") else 1
+        return 0 if results.save_png(figure.figure, figure.together(records), config.plot or "") else 1
     use_virtual_devices(config.virtual_devices)
     end_s, found = time.monotonic() + config.seconds, Found(None)
 
@@ -234,7 +234,7 @@ def main(args: list[str] | None = None) -> int:
         gc.collect()  # engines hold each other in circles, and the memory of a device
     reached |= {f"{name}_at_the_end": value for name, value in measure_ceilings().items()}
     made = save()
-    if config.plot and not figure.save_png(made, config.plot):
+    if config.plot and not results.save_png(figure.figure, made, config.plot):
         print(f"{config.plot} was not written: there is no matplotlib here", file=sys.stderr)
     return 0 if not config.check or results.check(made) else 1
 

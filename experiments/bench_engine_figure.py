@@ -63,14 +63,3 @@ def _label(row: Mapping[str, Any]) -> str:
     if row.get("cache") == "filled":
         return "ours, cache filled"
     return f"ours, chunk {row['chunk']}"
-
-
-def save_png(record: Mapping[str, Any], path: str | Path) -> bool:
-    """Whether the figure was written: not without matplotlib."""
-    try:
-        drawn = figure(record)
-    except ImportError:
-        return False
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path, dpi=120)
-    return True

@@ -124,7 +124,7 @@ def built(model: mn.ModelConfig, serve: mn.ServeConfig, mesh: mn.MeshSpec) -> tu
     return executor, {"weights": weights_s, "programs": time.perf_counter() - begin_s - weights_s}
 
 
-def fill(executor: TimedExecutor) -> None:
+def fill(executor: JaxExecutor) -> None:
     """Writes random keys and values to all pages of a fresh cache, in place.
 
     Zeros take less power than real keys. All pages hold the same: as many random numbers as a cache has would need

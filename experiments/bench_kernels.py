@@ -244,7 +244,8 @@ def bench_merge(config: BenchKernelsConfig, found: Found, copy_tb_per_s: float) 
 def main(args: list[str] | None = None) -> int:
     config = command_line.read(BenchKernelsConfig, args)
     if config.redraw:
-        return 0 if kernel_record.save_png(json.loads(Path(config.redraw).read_text()), config.plot) else 1
+        made = json.loads(Path(config.redraw).read_text())
+        return 0 if results.save_png(kernel_record.figure, made, config.plot or "") else 1
     if config.quick:
         config = dataclasses.replace(config, contexts=(max(config.contexts),), head_dims=config.head_dims[:1])
     bounded = config.impl == "mosaic" and (config.query_heads, config.kv_heads) == (32, 8)
@@ -268,7 +269,7 @@ def main(args: list[str] | None = None) -> int:
         bench_merge(config, found, reached["copy_tb_per_s"])
     reached |= {f"{name}_at_the_end": value for name, value in measure_ceilings().items()}
     made = save()
-    if config.plot and not kernel_record.save_png(made, config.plot):
+    if config.plot and not results.save_png(kernel_record.figure, made, config.plot):
         print(f"{config.plot} was not written: there is no matplotlib here", file=sys.stderr)
     return 0 if not config.check or results.check(made) else 1
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import calibration_record, command_line, fitting, results
+from experiments.bench_engine_runs import fill
 from experiments.calibration_record import Timed
 from experiments.devices import use_virtual_devices
 from experiments.generate import ModelChoice
@@ -30,7 +31,6 @@ from mnemosyne_jax.checkpoint import read_config
 from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, RopeConfig, ServeConfig, from_yaml
 from mnemosyne_jax.errors import RequestError
 from mnemosyne_jax.mesh import make_mesh
-from mnemosyne_jax.model.cache import KVCache
 from mnemosyne_jax.model.params import init
 from mnemosyne_jax.runtime import JaxExecutor
 from mnemosyne_jax.serve.batch import Batch
@@ -120,14 +120,11 @@ def built(model: ModelConfig, serve: ServeConfig, mesh: MeshSpec, page_table: np
     begin_s, device_mesh = time.perf_counter(), make_mesh(mesh)
     executor = JaxExecutor(model, init(model, device_mesh, jnp.dtype(model.dtype)), serve, device_mesh)
     programs = executor.warmup(lambda done, total: say(f"built {done} of {total} programs"))
+    fill(executor)
     state = executor._allocated()
-    kv, tables = state.cache.kv, state.cache.page_table
-    # Zeros take less power than real keys, and a device at its power limit would run faster on them. All pages hold the
-    # same: as many random numbers as a cache has would need several times its memory.
-    page = jax.random.normal(jax.random.key(0), kv.shape[2:], kv.dtype)
-    fill = jax.jit(lambda kv, page: kv + page, donate_argnums=0, out_shardings=kv.sharding)
+    tables = state.cache.page_table
     tables = jax.device_put(np.broadcast_to(page_table, tables.shape), tables.sharding)
-    executor._state = replace(state, cache=KVCache(jax.block_until_ready(fill(kv, page)), tables))
+    executor._state = replace(state, cache=replace(state.cache, page_table=tables))
     say(f"{programs} programs, kernels {executor.impl}, ready in {time.perf_counter() - begin_s:.1f} s")
     return executor
 

@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from experiments import results
@@ -156,17 +155,6 @@ def memory_ceiling_tflops(config: Mapping[str, Any], chunk: float, context: int,
     """
     visible = chunk * (2 * context - chunk + 1) / 2
     return copy_tb_per_s * config["query_heads"] / config["kv_heads"] * visible / context
-
-
-def save_png(record: Mapping[str, Any], path: str | Path) -> bool:
-    """Whether the figure was written: not without matplotlib."""
-    try:
-        drawn = figure(record)
-    except ImportError:
-        return False
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path, dpi=120)
-    return True
 
 
 def _draw_ceilings(axes: Any, record: Mapping[str, Any], chunks: list[int], context: int) -> None:

@@ -15,7 +15,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,17 @@ def write(path: str | Path, made: Mapping[str, Any]) -> Path:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(made, indent=1) + "\n")
     return part.replace(path)
+
+
+def save_png(figure: Callable[[Mapping[str, Any]], Any], made: Mapping[str, Any], path: str | Path) -> bool:
+    """Whether the `figure` of a record was written: not without matplotlib."""
+    try:
+        drawn = figure(made)
+    except ImportError:
+        return False
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=120)
+    return True
 
 
 def check(made: Mapping[str, Any]) -> bool:

@@ -136,10 +136,9 @@ class ServeConfig:
 
     Prompts go in the order of `policy` (`serve/policy.py`). Chunks are `adaptive`: they fill the time that a cost model
     predicts. While anything decodes, a token of it may take `tbt_slo_s` through the whole pipe; else a tick may take
-    `idle_tick_s`, which is how long an arrival waits. Beside others a long prompt
-    leaves a share of the budget to them: its relative slack, at least `least_yield` and at most `long_yield`. Where not
-    even the smallest chunk fits, one still runs every `least_chunk_every` ticks.
-    `fixed` chunks fill the token budget, whatever time that takes.
+    `idle_tick_s`, which is how long an arrival waits. Beside others a long prompt leaves a share of the budget to them:
+    its relative slack, at least `least_yield` and at most `long_yield`. Where not even the smallest chunk fits, one
+    still runs every `least_chunk_every` ticks. `fixed` chunks fill the token budget, whatever time that takes.
 
     At most `max_waiting` requests, and `max_waiting_tokens` of prompts (None: any), wait. A request is `late` if its
     deadline is predicted to be missed even if it ran alone from now on. Such a request is served in its turn (`serve`),
@@ -182,6 +181,12 @@ class ServeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"serve.{name}", value, "must be at least 1")
+        for name in ("tbt_slo_s", "idle_tick_s"):
+            if not 0 < getattr(self, name) < float("inf"):  # a NaN is refused, too
+                raise RequestError(f"serve.{name}", getattr(self, name), "must be a positive, finite number of seconds")
+        for name in ("least_yield", "long_yield"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RequestError(f"serve.{name}", getattr(self, name), "is a share: at least 0 and below 1")
         buckets = self.buckets
         if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
             raise RequestError("serve.chunk_buckets", buckets, "must be positive and strictly increasing")

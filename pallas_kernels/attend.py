@@ -71,9 +71,8 @@ def partials(
         interpret=interpret,
     )
 
-    def shared(
-        shape, dtype
-    ):  # in the tiles that the tensor core reads, and that registers reach without bank conflicts
+    def shared(shape, dtype):
+        """In tiles that the tensor core reads, and that registers reach without bank conflicts."""
         tile = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
         return plgpu.SMEM(shape, dtype, transforms=() if interpret else (tile, plgpu.SwizzleTransform(128)))  # pyright: ignore[reportAbstractUsage]
 

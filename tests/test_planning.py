@@ -36,5 +36,12 @@ def test_plan_predicts_times_of_calibrated_hardware_alone():
     assert groups.tbt_s and groups.tbt_s < mn.plan(LLAMA_8B, fitted, mn.MeshSpec(), 1_000_000).tbt_s
 
 
+@pytest.mark.parametrize("name", ["tbt_slo_s", "idle_tick_s", "least_yield", "long_yield"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_budgets_and_shares_that_make_no_sense_are_refused(name, value):
+    with pytest.raises(mn.RequestError, match=f"serve.{name}"):
+        mn.ServeConfig(**{name: value})
+
+
 def test_engines_go_by_policy_and_time_unless_told_otherwise():
     assert (mn.ServeConfig().policy, mn.ServeConfig().chunking) == ("lars", "adaptive")

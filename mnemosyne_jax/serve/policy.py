@@ -76,7 +76,7 @@ def estimate(sequence: Sequence, times: PrefillTimes) -> None:
 
 def relative_slack(sequence: Sequence, now_s: float) -> float:
     """Time to spare in units of the request's own work; negative once the deadline cannot be kept."""
-    return (sequence.due_s - now_s - sequence.left_s) / max(sequence.work_s, LEAST_WORK_S)
+    return priority("lars", sequence, now_s)
 
 
 def priority(policy: str, sequence: Sequence, now_s: float, demote_late: bool = False) -> float:
