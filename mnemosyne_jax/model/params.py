@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -9,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from mnemosyne_jax.config import MeshSpec, ModelConfig
 from mnemosyne_jax.mesh import array, optional_array, shardings, spec_of
@@ -92,18 +94,17 @@ def abstract(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> Params:
 
 def init(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, seed: int = 0, scale: float = 0.02) -> Params:
     """Random Params, N(0, scale) with norms at one, made on the devices: for benchmarks and tests of shape."""
-    target = abstract(config, mesh, dtype)
+    leaves, tree = jax.tree.flatten_with_path(abstract(config, mesh, dtype))
 
-    def make(key: jax.Array) -> Params:
-        leaves, tree = jax.tree.flatten_with_path(target)
-        keys = jax.random.split(key, len(leaves))
-        made = [
-            jnp.ones(x.shape, dtype) if "norm" in str(path[-1]) else scale * jax.random.normal(k, x.shape, dtype)
-            for k, (path, x) in zip(keys, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(tree, made)
+    @functools.cache  # a program for each shape: one for all of them takes a GPU's compiler minutes
+    def normal(shape: tuple[int, ...], sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+        return jax.jit(lambda key: scale * jax.random.normal(key, shape, dtype), out_shardings=sharding)
 
-    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, target))(jax.random.key(seed))
+    def made(path: Any, x: Any, key: jax.Array) -> jax.Array:
+        return jnp.ones(x.shape, dtype, device=x.sharding) if "norm" in str(path[-1]) else normal(x.shape, x.sharding)(key)
+
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(tree, [made(path, x, key) for key, (path, x) in zip(keys, leaves, strict=True)])
 
 
 def weight_bytes_per_device(params: Params) -> int:
