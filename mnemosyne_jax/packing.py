@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import fields
+from itertools import chain
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from mnemosyne_jax.model.inputs import StepInputs, StepShape, buffer_words, views
-from mnemosyne_jax.serve.batch import Batch, ChunkRow
-from mnemosyne_jax.serve.pages import local_tokens, touched
+from mnemosyne_jax.model.inputs import DRAW_DTYPES, Draws, StepInputs, StepShape, buffer_words, views
+from mnemosyne_jax.serve.batch import Batch, ChunkRow, DecodeRow
+from mnemosyne_jax.serve.pages import Span
+
+LeavingRow = tuple[DecodeRow | ChunkRow, int, int]
 
 
 def smallest_shape(shapes: Sequence[StepShape], history: Iterable[Batch], groups: int) -> StepShape:
@@ -36,15 +42,41 @@ def place_chunks(batch: Batch, shape: StepShape) -> list[tuple[ChunkRow, int, in
 
 def pack(shape: StepShape, history: Sequence[Batch], groups: int) -> np.ndarray:
     """The buffer of one tick, int32 [stage, group, words]: history[s] is the batch that stage s works on."""
-    buffer = np.zeros((len(history), groups, buffer_words(shape)), np.int32)
-    inputs = views(shape, buffer)
-    _blank(inputs, shape)
+    blank = _layout(shape).blank
+    buffer = np.empty((len(history), groups, len(blank)), np.int32)
+    buffer[...] = blank
     for stage, batch in enumerate(history):
         if not batch.empty:
-            _pack_rows(inputs, stage, batch, shape)
-    _pack_entering(inputs, history[0], shape)
-    _pack_leaving(inputs, history[-1], shape)
+            _pack_rows(buffer[stage], batch, shape)
+    _pack_entering(buffer, history[0], shape)
+    _pack_leaving(buffer, history[-1], shape)
     return buffer
+
+
+class _Layout(NamedTuple):
+    """The words of a stage and group. A table lists those of each row [row, leaf]: one assignment packs many rows."""
+
+    blank: np.ndarray  # what all words hold where there are no rows
+    words: StepInputs  # the numbers of the words of each leaf
+    decodes: np.ndarray  # tables of inputs.Rows, but for cu_q_lens
+    chunks: np.ndarray
+    deltas: np.ndarray
+    leaving: np.ndarray
+
+
+@functools.lru_cache(maxsize=64)  # an engine has at most 16 programs
+def _layout(shape: StepShape) -> _Layout:
+    blank = np.zeros(buffer_words(shape), np.int32)
+    _blank(views(shape, blank), shape)
+    words = views(shape, np.arange(len(blank)))
+    tables = (_table(rows) for rows in (words.decodes, words.chunks, words.deltas, words.leaving))
+    return _Layout(blank, words, *tables)
+
+
+def _table(rows: Any) -> np.ndarray:
+    """[row, leaf] of the leaves that are as long as the first."""
+    leaves = [getattr(rows, field.name) for field in fields(rows)]
+    return np.stack([leaf for leaf in leaves if len(leaf) == len(leaves[0])], axis=1)
 
 
 def _blank(inputs: StepInputs, shape: StepShape) -> None:
@@ -58,19 +90,17 @@ def _blank(inputs: StepInputs, shape: StepShape) -> None:
     inputs.leaving.slots[...] = R
 
 
-@dataclass(frozen=True, eq=False)
-class _Keys:
-    """Whose keys the rows of a batch read, a cell for each row (decodes first) and group that holds some of them.
+class _Keys(NamedTuple):
+    """Whose keys the rows of a batch read: a cell for each row and group in which it stands.
 
-    The `leaves` are those of inputs.Rows but for cu_q_lens. `new` gives for each group the (slots, indices, pages) that
-    the batch is the first to use.
+    A cell is the group and the leaves of inputs.Rows but for cu_q_lens. `new` gives for each group the
+    [page, (slot, index, page)] that the batch is the first to use.
     """
 
     page_tokens: int
-    row: np.ndarray
-    group: np.ndarray
-    leaves: tuple[np.ndarray, ...]
-    new: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
+    decodes: np.ndarray  # [cell, 7]
+    chunks: np.ndarray  # [cell, 7]
+    new: dict[int, np.ndarray]
 
 
 # The keys of a batch are the same at every stage: found once, kept while it is in the pipe.
@@ -84,72 +114,90 @@ def _keys_of(batch: Batch, page_tokens: int) -> _Keys:
 
 
 def _find_keys(batch: Batch, page_tokens: int) -> _Keys:
+    ranges: list[tuple[DecodeRow | ChunkRow, int, int]]
     ranges = [(row, row.position, row.position + 1) for row in batch.decodes]
     ranges += [(row, row.start, row.end) for row in batch.chunks]
-    spans = [s for row, *_ in ranges for s in row.spans]
     cells = [
-        (i, s.group, row.slot, begin, end, s.start, s.stride, len(s.pages), row.request.first_position)
-        for i, (row, begin, end) in enumerate(ranges)
+        (s.group, row.slot, begin, s.local_tokens(end, page_tokens), s.start, s.stride, row.request.first_position)
+        for row, begin, end in ranges
         for s in row.spans
     ]
-    row, group, slot, begin, end, start, stride, pages, first_position = np.array(cells).T
-    lengths = local_tokens(end, start, stride, pages, page_tokens)
-    first, last = touched(begin, end, start, stride, pages, page_tokens)
-    new = {}
-    for g in set(group[first < last].tolist()):
-        at = np.flatnonzero((first < last) & (group == g))
-        indices = [np.arange(first[i], last[i]) for i in at]
-        held = [spans[i].pages[first[i] : last[i]] for i in at]
-        new[g] = np.repeat(slot[at], (last - first)[at]), np.concatenate(indices), np.concatenate(held)
-    return _Keys(page_tokens, row, group, (slot, begin, lengths, start, stride, first_position), new)
+    new = defaultdict(list)
+    for row, begin, end in ranges:
+        if -begin % page_tokens < end - begin:  # a page begins here: seldom in a decode row
+            for span in row.spans:
+                new[span.group].append(_new_pages(row.slot, span, *span.touched(begin, end, page_tokens)))
+    table = np.fromiter(chain.from_iterable(cells), int).reshape(-1, 7)
+    decodes = len(cells) - sum(len(row.spans) for row in batch.chunks)
+    return _Keys(page_tokens, table[:decodes], table[decodes:], {g: np.concatenate(of) for g, of in new.items()})
 
 
-def _pack_rows(inputs: StepInputs, stage: int, batch: Batch, shape: StepShape) -> None:
-    keys, placed = _keys_of(batch, shape.page_tokens), place_chunks(batch, shape)
-    index_of_row = np.array([row.slot for row in batch.decodes] + [index for _, index, _ in placed])
-    decodes = np.searchsorted(keys.row, len(batch.decodes))  # cells of decode rows
-    for rows, part in ((inputs.decodes, slice(decodes)), (inputs.chunks, slice(decodes, None))):
-        at = (stage, keys.group[part], index_of_row[keys.row[part]])
-        leaves = (rows.slots, rows.positions, rows.kv_lens, rows.key_start, rows.key_stride, rows.rotary_offsets)
-        for leaf, values in zip(leaves, keys.leaves, strict=True):
-            leaf[at] = values[part]
-    deltas = inputs.deltas
-    for group, (slots, indices, pages) in keys.new.items():
-        at = (stage, group, slice(len(slots)))
-        deltas.slots[at], deltas.indices[at], deltas.pages[at] = slots, indices, pages
+def _new_pages(slot: int, span: Span, first: int, last: int) -> np.ndarray:
+    """[page, (slot, index, page)] of the local pages [first, last)."""
+    new = np.empty((last - first, 3), int)
+    new[:, 0], new[:, 1], new[:, 2] = slot, np.arange(first, last), span.pages[first:last]
+    return new
+
+
+def _pack_rows(buffer_GW: np.ndarray, batch: Batch, shape: StepShape) -> None:
+    layout, keys, placed = _layout(shape), _keys_of(batch, shape.page_tokens), place_chunks(batch, shape)
+    buffer_GW[keys.decodes[:, :1], layout.decodes[keys.decodes[:, 1]]] = keys.decodes[:, 1:]
+    if placed:
+        index = [index for row, index, _ in placed for _ in row.spans]
+        buffer_GW[keys.chunks[:, :1], layout.chunks[index]] = keys.chunks[:, 1:]
+    for group, new in keys.new.items():
+        buffer_GW[group, layout.deltas[: len(new)]] = new
     for row, index, offset in placed:
-        groups = slice(None) if row.group is None else row.group
         gap = shape.shared_chunks + 1
         stop = gap if row.group is None else None  # later rows of the same kind begin where this one ends
-        inputs.chunks.cu_q_lens[stage, groups, index + 1 : stop] = offset + row.length
+        buffer_GW[_groups(row), layout.words.chunks.cu_q_lens[index + 1 : stop]] = offset + row.length
 
 
-def _pack_entering(inputs: StepInputs, batch: Batch, shape: StepShape) -> None:
+def _pack_entering(buffer: np.ndarray, batch: Batch, shape: StepShape) -> None:
+    entering = _layout(shape).words.entering
     for row in batch.decodes:
         if row.token is not None:
-            at = (slice(None), slice(None) if row.group is None else row.group, row.slot)
-            inputs.entering.tokens[at], inputs.entering.known[at] = row.token, 1
+            buffer[:, _groups(row), entering.tokens[row.slot]] = row.token
+            buffer[:, _groups(row), entering.known[row.slot]] = 1
     for row, _, offset in place_chunks(batch, shape):
-        groups = slice(None) if row.group is None else row.group
-        tokens = slice(shape.slots + offset, shape.slots + offset + row.length)
-        inputs.entering.tokens[:, groups, tokens] = row.request.prompt[row.start : row.end]
+        begin = entering.tokens[shape.slots + offset]
+        buffer[:, _groups(row), begin : begin + row.length] = row.request.prompt[row.start : row.end]
 
 
-def _pack_leaving(inputs: StepInputs, batch: Batch, shape: StepShape) -> None:
-    leaving, R = inputs.leaving, shape.slots
-    sampled = [(row, row.slot, row.slot, row.position) for row in batch.decodes]
-    placed = place_chunks(batch, shape)
-    sampled += [(row, R + i, R + offset + row.length - 1, row.end - 1) for row, i, offset in placed if row.last]
-    every_group = range(leaving.rows.shape[1])
-    cells = [
-        (group, index, token_row, row.slot, position, r.seed, r.temperature, r.top_p)
-        for row, index, token_row, position in sampled
-        for r in (row.request,)
-        for group in (every_group if row.group is None else (row.group,))
-    ]
-    if cells:
-        group, index, *columns = zip(*cells, strict=True)
-        at = (slice(None), np.array(group), np.array(index))
-        leaves = (leaving.rows, leaving.slots, leaving.positions, leaving.seeds, leaving.temperature, leaving.top_p)
-        for leaf, values in zip(leaves, columns, strict=True):
-            leaf[at] = values
+def _pack_leaving(buffer: np.ndarray, batch: Batch, shape: StepShape) -> None:
+    leaving, cells = _layout(shape).leaving, _keys_of(batch, shape.page_tokens).decodes
+    buffer[:, cells[:, :1], leaving[cells[:, 1]]] = cells[:, 1:2]  # decode row i is that of slot i
+    for row, index, token_row in _last_chunks(batch, shape):
+        buffer[:, _groups(row), leaving[index]] = token_row, row.slot
+
+
+def _groups(row: DecodeRow | ChunkRow) -> slice | int:
+    return slice(None) if row.group is None else row.group
+
+
+def leaving_rows(batch: Batch, shape: StepShape) -> list[LeavingRow]:
+    """(row, its place among the tick's tokens, its row of the tick) of all rows whose next token comes of a batch."""
+    return [(row, row.slot, row.slot) for row in batch.decodes] + _last_chunks(batch, shape)
+
+
+def _last_chunks(batch: Batch, shape: StepShape) -> list[LeavingRow]:
+    R = shape.slots
+    return [(row, R + i, R + offset + row.length - 1) for row, i, offset in place_chunks(batch, shape) if row.last]
+
+
+def pack_draws(rows: Sequence[LeavingRow], shape: StepShape, X: int) -> np.ndarray:
+    """The buffer of the Draws of at most X of the `leaving_rows`, int32 [8, X]; padding has nobody's register."""
+    buffer = np.zeros((8, X), np.int32)
+    draws = Draws(*(leaf.view(dtype) for leaf, dtype in zip(buffer, DRAW_DTYPES, strict=True)))
+    draws.slots[:] = np.iinfo(np.int32).max
+    draws.temperature[:] = 1
+    for i, (row, _, token_row) in enumerate(rows):
+        draws.rows[i], draws.slots[i] = shape.hidden_row(token_row), row.slot
+        draws.groups[i], draws.shared[i] = row.group or 0, row.group is None
+        draws.positions[i] = row.position if isinstance(row, DecodeRow) else row.end - 1
+        draws.seeds[i], draws.temperature[i], draws.top_p[i] = (
+            row.request.seed,
+            row.request.temperature,
+            row.request.top_p,
+        )
+    return buffer

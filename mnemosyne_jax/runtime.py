@@ -22,8 +22,8 @@ from mnemosyne_jax.model import cache
 from mnemosyne_jax.model.attention import choose_impl
 from mnemosyne_jax.model.inputs import StepShape, buffer_words, step_shapes
 from mnemosyne_jax.model.params import Params, weight_bytes_per_device
-from mnemosyne_jax.model.step import INPUTS, make_readout, make_state, make_step
-from mnemosyne_jax.packing import pack, place_chunks, smallest_shape
+from mnemosyne_jax.model.step import INPUTS, make_readout, make_redraw, make_state, make_step
+from mnemosyne_jax.packing import leaving_rows, pack, pack_draws, place_chunks, smallest_shape
 from mnemosyne_jax.planning import ACTIVATION_FRACTION
 from mnemosyne_jax.serve.batch import Batch
 from mnemosyne_jax.serve.executor import StepResult
@@ -46,11 +46,11 @@ class JaxExecutor:
         self.pool_pages = serve.pool_pages or _pages_that_fit(config, params, serve, mesh)
         self.target = cache.abstract(config, serve, mesh, self.dtype, self.pool_pages)
         self._on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self._sharding = NamedSharding(mesh, partition(INPUTS))
+        self._sharding, self._replicated = NamedSharding(mesh, partition(INPUTS)), NamedSharding(mesh, PartitionSpec())
         self._programs: dict[Any, Callable] = {}
         self._state: cache.State | None = None
         self._history = deque([Batch(-1)] * self.spec.spp, maxlen=self.spec.spp)
-        self._unread: deque[tuple[Batch, StepShape, jax.Array, list]] = deque()
+        self._unread: deque[tuple[Batch, StepShape, jax.Array, list, list]] = deque()
         self._start_s = time.monotonic()
 
     @property
@@ -73,7 +73,7 @@ class JaxExecutor:
 
     def warmup(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Builds every program and the state; returns how many programs there are. None is built after it."""
-        keys = ["state", "readout", *self.shapes]
+        keys = ["state", "readout", "redraw", *self.shapes]
         threads = 1 if self._on_cpu else min(8, len(keys))
         with ThreadPoolExecutor(threads) as pool:
             for done, _ in enumerate(pool.map(self._program, keys), start=1):
@@ -92,10 +92,13 @@ class JaxExecutor:
         if key == "state":
             return make_state(self.target).lower().compile()
         if key == "readout":
-            rows = jax.ShapeDtypeStruct((READOUT_ROWS,), np.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
+            rows = jax.ShapeDtypeStruct((READOUT_ROWS,), np.int32, sharding=self._replicated)
             return (
                 make_readout(self.mesh, self.config, self.dtype).lower(self.params, self.target, rows, rows).compile()
             )
+        if key == "redraw":
+            draws = jax.ShapeDtypeStruct((8, READOUT_ROWS), np.int32, sharding=self._replicated)
+            return make_redraw(self.mesh, self.config, self.dtype).lower(self.params, self.target, draws).compile()
         step = make_step(self.mesh, self.config, key, self.dtype, self.serve.rope_precision, self.impl)
         words = (self.spec.spp, self.spec.kvp, buffer_words(key))
         buffer = jax.ShapeDtypeStruct(words, np.int32, sharding=self._sharding)
@@ -123,42 +126,56 @@ class JaxExecutor:
         self._state, tokens = program(self.params, state, buffer)
         tokens.copy_to_host_async()
         leaving = self._history[-1]
-        self._unread.append((leaving, shape, tokens, self._read_logits(leaving, shape)))
+        drawn = self._draw(leaving, shape)
+        self._unread.append((leaving, shape, tokens, drawn, self._read_logits(leaving, shape)))
         return self._result() if len(self._unread) > self.serve.ahead else None
 
-    def _to_devices(self, x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    def _to_devices(self, x: np.ndarray, sharding: NamedSharding) -> jax.Array | np.ndarray:
         if jax.process_count() == 1:
-            return jax.device_put(x, sharding)
+            return x  # the call of a program sends it, in less than half the time of device_put
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    def _beside(self, key: str, *inputs: np.ndarray) -> Any:
+        """What a program gives of the state that the last tick left."""
+        if self._on_cpu:
+            jax.block_until_ready(self._state)
+        result = self._program(key)(self.params, self._state, *(self._to_devices(x, self._replicated) for x in inputs))
+        return jax.block_until_ready(result) if self._on_cpu else result
+
+    def _draw(self, batch: Batch, shape: StepShape) -> list[tuple[list[tuple[int, int]], jax.Array]]:
+        """Draws the tokens of rows that are not greedy: ([(group, place among the tick's tokens)], device array)."""
+        hot, drawn = [row for row in leaving_rows(batch, shape) if row[0].request.temperature > 0], []
+        for at in range(0, len(hot), READOUT_ROWS):
+            part = hot[at : at + READOUT_ROWS]
+            self._state, tokens = self._beside("redraw", pack_draws(part, shape, READOUT_ROWS))
+            tokens.copy_to_host_async()
+            drawn.append(([(row.group or 0, index) for row, index, _ in part], tokens))
+        return drawn
 
     def _read_logits(self, batch: Batch, shape: StepShape) -> list[tuple[list[tuple[str | int, int]], jax.Array]]:
         """Starts reading the logits that the leaving batch's requests asked for: ([(id, position)], device array)."""
         wanted = []
-        _, shared, private = shape.hidden_areas
         for row, _, offset in place_chunks(batch, shape):
             asked = row.request.read_positions
-            first = (shared + offset if row.group is None else private + offset - shape.shared_tokens) - row.start
+            first = shape.hidden_row(shape.slots + offset) - row.start
             for p in asked[bisect_left(asked, row.start) : bisect_left(asked, row.end)]:
                 wanted.append(((row.request.id, p), first + p, row.group or 0))
         reads = []
-        replicated = NamedSharding(self.mesh, PartitionSpec())
         for at in range(0, len(wanted), READOUT_ROWS):
             part = wanted[at : at + READOUT_ROWS]
             rows, groups = np.zeros((2, READOUT_ROWS), np.int32)
             rows[: len(part)], groups[: len(part)] = [w[1] for w in part], [w[2] for w in part]
-            if self._on_cpu:
-                jax.block_until_ready(self._state)
-            sent = self._to_devices(rows, replicated), self._to_devices(groups, replicated)
-            logits = self._program("readout")(self.params, self._state, *sent)
-            if self._on_cpu:
-                logits.block_until_ready()
+            logits = self._beside("readout", rows, groups)
             logits.copy_to_host_async()
             reads.append(([w[0] for w in part], logits))
         return reads
 
     def _result(self) -> StepResult:
-        batch, shape, tokens, reads = self._unread.popleft()
-        token = np.asarray(tokens.addressable_data(0))
+        batch, shape, tokens, drawn, reads = self._unread.popleft()
+        token = np.array(tokens.addressable_data(0))
+        for places, values in drawn:
+            for place, value in zip(places, np.asarray(values.addressable_data(0)), strict=False):
+                token[place] = value
         logits = {}
         for keys, values in reads:
             logits |= dict(zip(keys, np.asarray(values.addressable_data(0)), strict=False))

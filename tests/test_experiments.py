@@ -188,7 +188,7 @@ def test_generate_retrieves_as_the_unsharded_run_does(remember, served, tmp_path
     names = {"failed": 0, "right": 1, "= unsharded": 1}
     assert verdicts == [(id, name, value) for id in ("short 1", "haystack") for name, value in names.items()]
     text = capsys.readouterr().out
-    for words in ("building", "6/6 programs", "512/512 tokens", "TTFT", "TBT p99", "AB", "right", "must == 1 met"):
+    for words in ("building", "7/7 programs", "512/512 tokens", "TTFT", "TBT p99", "AB", "right", "must == 1 met"):
         assert words in text, words
     mesh, unsharded = served.values()
     assert len(mesh.batches) > len(unsharded.batches)  # smaller chunks

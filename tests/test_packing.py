@@ -2,14 +2,15 @@
 
 from collections import deque
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mnemosyne_jax.config import MeshSpec, ServeConfig
-from mnemosyne_jax.model.inputs import StepShape, buffer_words, step_shapes, views
-from mnemosyne_jax.packing import pack, smallest_shape
+from mnemosyne_jax.model.inputs import StepShape, buffer_words, step_shapes, unpack_draws, views
+from mnemosyne_jax.packing import leaving_rows, pack, pack_draws, smallest_shape
 from mnemosyne_jax.serve.batch import Batch, ChunkRow, DecodeRow
 from mnemosyne_jax.serve.pages import Span, grown_layout, private_layout, striped_layout
 from mnemosyne_jax.serve.request import Request
@@ -141,9 +142,9 @@ def check_deltas(got, shape, stage, g, batch):
 
 
 def check_ends(got, shape, stage, g, entering, leaving):
-    """Every stage knows the tokens that enter and what to sample of the rows that leave."""
+    """Every stage knows the tokens that enter and which rows that leave give a token."""
     tokens, known = {}, {row.slot: row.token for row in mine(entering.decodes, g) if row.token is not None}
-    sampled = {row.slot: (row, row.slot, row.position) for row in mine(leaving.decodes, g)}
+    sampled = {row.slot: (row.slot, row.slot) for row in mine(leaving.decodes, g)}
     for batch in (entering, leaving):
         offsets = {None: (0, shape.slots), g: (shape.shared_chunks + 1, shape.slots + shape.shared_tokens)}
         for row in mine(batch.chunks, g):
@@ -152,18 +153,35 @@ def check_ends(got, shape, stage, g, entering, leaving):
             if batch is entering:
                 tokens |= {offset + i: int(row.request.prompt[row.start + i]) for i in range(row.length)}
             if batch is leaving and row.last:
-                sampled[shape.slots + index] = (row, offset + row.length - 1, PROMPT - 1)
+                sampled[shape.slots + index] = (offset + row.length - 1, row.slot)
     assert np.flatnonzero(got.entering.known[stage, g]).tolist() == sorted(known)
     assert got.entering.tokens[stage, g].tolist() == [(tokens | known).get(i, 0) for i in range(shape.tokens)]
-    x = got.leaving
     for i in range(shape.sampled):
-        if i not in sampled:
-            assert x.slots[stage, g, i] == shape.slots and x.temperature[stage, g, i] == 0
-            continue
-        row, token_row, position = sampled[i]
-        r, values = row.request, [leaf[stage, g, i] for leaf in (x.rows, x.slots, x.positions, x.seeds)]
-        assert values == [token_row, row.slot, position, r.seed]
-        assert (x.temperature[stage, g, i], x.top_p[stage, g, i]) == (np.float32(r.temperature), np.float32(r.top_p))
+        row, slot = got.leaving.rows[stage, g, i], got.leaving.slots[stage, g, i]
+        assert (row, slot) == sampled[i] if i in sampled else slot == shape.slots
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(pipes())
+def test_draws_say_where_the_rows_that_left_are_and_whose_they_were(pipe):
+    groups, history = pipe
+    shape = smallest_shape(step_shapes(SERVE, MeshSpec(kvp=groups, spp=len(history))), history, groups)
+    X, leaving = 16, leaving_rows(history[-1], shape)
+    buffer = pack_draws(leaving, shape, X)
+    draws = jax.tree.map(np.asarray, unpack_draws(buffer))
+    decodes, shared, private = shape.hidden_areas
+    area_of = {row: decodes + row for row in range(shape.slots)}
+    area_of |= {shape.slots + i: shared + i for i in range(shape.shared_tokens)}
+    area_of |= {shape.slots + shape.shared_tokens + i: private + i for i in range(shape.private_tokens)}
+    assert len(leaving) == len(history[-1].decodes) + sum(row.last for row in history[-1].chunks)
+    for i, (row, _, token_row) in enumerate(leaving):
+        r, position = row.request, row.position if isinstance(row, DecodeRow) else PROMPT - 1
+        assert (draws.rows[i], draws.slots[i], draws.positions[i]) == (area_of[token_row], row.slot, position)
+        assert draws.shared[i] if row.group is None else draws.groups[i] == row.group and not draws.shared[i]
+        assert (draws.seeds[i], draws.temperature[i], draws.top_p[i]) == (
+            r.seed, np.float32(r.temperature), np.float32(r.top_p),
+        )  # fmt: skip
+    assert (draws.slots[len(leaving) :] >= shape.slots).all() and (draws.temperature > 0).all()
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -101,5 +101,4 @@ def write(
     kv_LP2KBH: jax.Array, layer: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, page_T: jax.Array, offset_T: jax.Array
 ) -> jax.Array:
     """The cache with the keys and values of T tokens of `layer` stored in place; pages out of range are dropped."""
-    kv_LP2KBH = kv_LP2KBH.at[layer, page_T, 0, :, offset_T].set(k_TKH, mode="drop")
-    return kv_LP2KBH.at[layer, page_T, 1, :, offset_T].set(v_TKH, mode="drop")
+    return kv_LP2KBH.at[layer, page_T, :, :, offset_T].set(jnp.stack([k_TKH, v_TKH], axis=1), mode="drop")

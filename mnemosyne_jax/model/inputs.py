@@ -8,7 +8,7 @@ that of slot i, shared slots first. Every array stands in one int32 buffer
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -20,7 +20,7 @@ from jax import lax
 from mnemosyne_jax.config import MeshSpec, ServeConfig
 from mnemosyne_jax.errors import RequestError
 
-MOST_BUCKETS_OF_PAIRS = 5  # with kvp > 1 shared and private areas are compiled apart: at most 16 programs in all
+MOST_BUCKETS_OF_PAIRS = 5  # with kvp > 1 shared and private areas are compiled apart: at most 14 ticks
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,19 @@ class StepShape:
         if not self.chunk_tokens:
             return 0
         return self.shared_chunks + self.private_chunks + 1
+
+    @property
+    def areas(self) -> list[tuple[int, int]]:
+        """(first row in State.hidden, rows of this program) of decodes, shared chunks, private chunks."""
+        return list(zip(self.hidden_areas, (self.slots, self.shared_tokens, self.private_tokens), strict=True))
+
+    def hidden_row(self, row: int) -> int:
+        """Where State.hidden keeps a row of the tick."""
+        for first, rows in self.areas:
+            if row < rows:
+                return first + row
+            row -= rows
+        raise IndexError(row)
 
     @property
     def sampled(self) -> int:
@@ -152,17 +165,39 @@ class Entering:
 
 @flax.struct.dataclass
 class Leaving:
-    """What to sample of the batch leaving the last stage, the same in every stage.
+    """Whose next token comes of the batch leaving the last stage, the same in every stage.
 
-    `rows` index the tick's rows; `slots` say whose register takes the token (out of range: nobody's).
+    `rows` index the tick's rows; `slots` say whose register takes the greedy token (out of range: nobody's).
     """
 
     rows: Any
+    slots: Any
+
+
+@flax.struct.dataclass
+class Draws:
+    """Rows of the batch that left the pipe whose tokens are drawn, [X] each, the same on every device.
+
+    `rows` index State.hidden of group `groups`; the register `slots` (out of range: nobody's) of that group takes the
+    token, of every group where `shared` is not 0. On their way to the devices all are int32, one below the other.
+    """
+
+    rows: Any
+    groups: Any
+    shared: Any
     slots: Any
     positions: Any
     seeds: Any
     temperature: Any
     top_p: Any
+
+
+DRAW_DTYPES = (np.int32,) * 5 + (np.uint32, np.float32, np.float32)  # of the fields of Draws
+
+
+def unpack_draws(buffer_8X: jax.Array) -> Draws:
+    """Draws read from their buffer on the device."""
+    return Draws(*(lax.bitcast_convert_type(row, dtype) for row, dtype in zip(buffer_8X, DRAW_DTYPES, strict=True)))
 
 
 @flax.struct.dataclass
@@ -176,9 +211,6 @@ class StepInputs:
     leaving: Leaving
 
 
-DTYPES = {"temperature": np.float32, "top_p": np.float32, "seeds": np.uint32}  # of the rest: int32
-
-
 @functools.cache
 def _template(shape: StepShape) -> StepInputs:
     """StepInputs of slices: where each leaf lies in the buffer."""
@@ -188,7 +220,7 @@ def _template(shape: StepShape) -> StepInputs:
         decodes=Rows(R, R, R, R, R, R, R + 1),
         chunks=Rows(C, C, C, C, C, C, C + 1),
         deltas=Deltas(E, E, E),
-        leaving=Leaving(X, X, X, X, X, X),
+        leaving=Leaving(X, X),
     )
     leaves, tree = jax.tree.flatten(sizes)
     ends = np.cumsum(leaves)
@@ -203,36 +235,18 @@ def buffer_words(shape: StepShape) -> int:
 def views(shape: StepShape, buffer: np.ndarray) -> StepInputs:
     """StepInputs whose leaves are views into the last axis of an int32 buffer: writing to them packs it."""
 
-    def view(part: Any, name: str) -> np.ndarray:
-        leaf = buffer[..., part]
-        return leaf.view(DTYPES.get(name, np.int32))
-
-    return _map_leaves(view, _template(shape))
+    return jax.tree.map(lambda part: buffer[..., part], _template(shape))
 
 
 def unpack(shape: StepShape, buffer_W: jax.Array) -> StepInputs:
     """StepInputs of one stage and group, read from its buffer on the device."""
 
-    def read(part: Any, name: str) -> jax.Array:
-        leaf = buffer_W[part]
-        return lax.bitcast_convert_type(leaf, DTYPES.get(name, np.int32))
-
-    return _map_leaves(read, _template(shape))
-
-
-def _map_leaves(function: Any, template: StepInputs) -> StepInputs:
-    parts = {}
-    for group in fields(template):
-        struct = getattr(template, group.name)
-        parts[group.name] = struct.replace(
-            **{f.name: function(getattr(struct, f.name), f.name) for f in fields(struct)}
-        )
-    return StepInputs(**parts)
+    return jax.tree.map(lambda part: buffer_W[part], _template(shape))
 
 
 def row_of_token(rows: Rows, T: int) -> jax.Array:
     """The row of each of T tokens [T]; tokens past the last row count to it."""
-    row_T = jnp.searchsorted(rows.cu_q_lens, jnp.arange(T), side="right") - 1
+    row_T = jnp.searchsorted(rows.cu_q_lens, jnp.arange(T), side="right", method="compare_all") - 1
     return jnp.clip(row_T, 0, rows.slots.shape[0] - 1)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mnemosyne_jax.config import ModelConfig
-from mnemosyne_jax.model.inputs import Leaving
+from mnemosyne_jax.model.inputs import Draws
 from mnemosyne_jax.model.params import LayerParams, Params
 from mnemosyne_jax.model.rope import rotate
 
@@ -87,12 +87,10 @@ def all_logits(logits_XV: jax.Array, vocab: int) -> jax.Array:
     return lax.all_gather(logits_XV, VOCAB_AXES, axis=1, tiled=True)[:, :vocab]
 
 
-def sample(logits_XV: jax.Array, leaving: Leaving, vocab: int) -> jax.Array:
-    """One token for each row from this device's slices of their logits, [X] int32, the same on every device.
+def greedy(logits_XV: jax.Array, vocab: int) -> jax.Array:
+    """The token of the largest logit of each row, of equal ones the lowest, [X] int32, the same on every device.
 
-    A row with a logit that is not finite gives -1. Temperature 0 takes the largest logit, of equal
-    ones the lowest id. Otherwise tokens are drawn from the smallest set of most likely ones whose
-    probability reaches top_p; the draw depends on (seed, position) and the logits alone.
+    From this device's slices of the logits. A row with a logit that is not finite gives -1.
     """
     ids_V = vocab_slice(logits_XV.shape[1])
     real_V = ids_V < vocab
@@ -101,25 +99,26 @@ def sample(logits_XV: jax.Array, leaving: Leaving, vocab: int) -> jax.Array:
     best_X = jnp.argmax(logits_XV, axis=1)
     value_X = jnp.take_along_axis(logits_XV, best_X[:, None], axis=1)[:, 0]
     values_AX, ids_AX, finite_AX = (lax.all_gather(x, VOCAB_AXES) for x in (value_X, jnp.take(ids_V, best_X), finite_X))
-    greedy_X = jnp.take_along_axis(ids_AX, jnp.argmax(values_AX, axis=0)[None], axis=0)[0]
-    token_X = lax.cond(
-        jnp.any(leaving.temperature > 0),
-        lambda: jnp.where(leaving.temperature > 0, _draw(all_logits(logits_XV, vocab), leaving), greedy_X),
-        lambda: greedy_X,
-    )
+    token_X = jnp.take_along_axis(ids_AX, jnp.argmax(values_AX, axis=0)[None], axis=0)[0]
     return jnp.where(finite_AX.all(0), token_X, -1).astype(jnp.int32)
 
 
-def _draw(logits_XV: jax.Array, leaving: Leaving) -> jax.Array:
-    scaled_XV = logits_XV / jnp.where(leaving.temperature > 0, leaving.temperature, 1.0)[:, None]
+def draw(logits_XV: jax.Array, draws: Draws) -> jax.Array:
+    """A token of each row from its logits over the whole vocabulary, [X] int32, -1 where one is not finite.
+
+    Drawn from the smallest set of most likely tokens whose probability reaches top_p: the draw depends on (seed,
+    position) and the logits alone.
+    """
+    scaled_XV = logits_XV / draws.temperature[:, None]
     sorted_XV = -jnp.sort(-scaled_XV, axis=1)
     before_XV = jnp.cumsum(jax.nn.softmax(sorted_XV, axis=1), axis=1) - jax.nn.softmax(sorted_XV, axis=1)
-    in_nucleus_XV = before_XV < leaving.top_p[:, None]  # the most likely token always is
+    in_nucleus_XV = before_XV < draws.top_p[:, None]  # the most likely token always is
     threshold_X = jnp.min(jnp.where(in_nucleus_XV, sorted_XV, jnp.inf), axis=1)
 
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), position)
         return jax.random.gumbel(key, logits_XV.shape[1:])
 
-    noisy_XV = scaled_XV + jax.vmap(noise)(leaving.seeds, leaving.positions)
-    return jnp.argmax(jnp.where(scaled_XV >= threshold_X[:, None], noisy_XV, -jnp.inf), axis=1)
+    noisy_XV = scaled_XV + jax.vmap(noise)(draws.seeds, draws.positions)
+    token_X = jnp.argmax(jnp.where(scaled_XV >= threshold_X[:, None], noisy_XV, -jnp.inf), axis=1)
+    return jnp.where(jnp.isfinite(logits_XV).all(axis=1), token_X, -1).astype(jnp.int32)

@@ -101,7 +101,9 @@ def init(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, seed: int = 0, scale
         return jax.jit(lambda key: scale * jax.random.normal(key, shape, dtype), out_shardings=sharding)
 
     def made(path: Any, x: Any, key: jax.Array) -> jax.Array:
-        return jnp.ones(x.shape, dtype, device=x.sharding) if "norm" in str(path[-1]) else normal(x.shape, x.sharding)(key)
+        return (
+            jnp.ones(x.shape, dtype, device=x.sharding) if "norm" in str(path[-1]) else normal(x.shape, x.sharding)(key)
+        )
 
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return jax.tree.unflatten(tree, [made(path, x, key) for key, (path, x) in zip(keys, leaves, strict=True)])

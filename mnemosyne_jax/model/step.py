@@ -20,15 +20,16 @@ from mnemosyne_jax.config import ModelConfig
 from mnemosyne_jax.mesh import partition, partitions
 from mnemosyne_jax.model import attention, cache
 from mnemosyne_jax.model.cache import KVCache, State
-from mnemosyne_jax.model.inputs import StepInputs, StepShape, positions_of, unpack
+from mnemosyne_jax.model.inputs import StepInputs, StepShape, positions_of, unpack, unpack_draws
 from mnemosyne_jax.model.layers import (
     all_logits,
+    draw,
     embed,
     from_last_stage,
+    greedy,
     project_out,
     project_qkv,
     rms_norm,
-    sample,
     swiglu,
     unembed,
 )
@@ -56,7 +57,7 @@ def enter(params: Params, state: State, inputs: StepInputs, shape: StepShape) ->
     decode_ids = jnp.where(inputs.entering.known > 0, tokens_T[:R], state.tokens[0])
     ids_T = jnp.concatenate([decode_ids, tokens_T[R:]])
     hidden = state.hidden[0, 0]
-    passed_TD = jnp.concatenate([hidden[first : first + rows] for first, rows in areas(shape)])
+    passed_TD = jnp.concatenate([hidden[first : first + rows] for first, rows in shape.areas])
     return jnp.where(lax.axis_index("spp") == 0, embed(ids_T, params).astype(passed_TD.dtype), passed_TD)
 
 
@@ -66,15 +67,10 @@ def pass_on(state: State, x_TD: jax.Array, shape: StepShape) -> State:
     if stages > 1:
         x_TD = lax.ppermute(x_TD, "spp", [(s, (s + 1) % stages) for s in range(stages)])
     hidden, begin = state.hidden, 0
-    for first, rows in areas(shape):
+    for first, rows in shape.areas:
         hidden = lax.dynamic_update_slice(hidden, x_TD[None, None, begin : begin + rows], (0, 0, first, 0))
         begin += rows
     return replace(state, hidden=hidden)
-
-
-def areas(shape: StepShape) -> list[tuple[int, int]]:
-    """(first row in State.hidden, rows of this program) of decodes, shared chunks, private chunks."""
-    return list(zip(shape.hidden_areas, (shape.slots, shape.shared_tokens, shape.private_tokens), strict=True))
 
 
 def tick(
@@ -111,7 +107,7 @@ def tick(
     state = replace(state, cache=KVCache(kv, page_table_SJ[None, None]))
     with jax.named_scope("sample"):
         rows_XD = from_last_stage(jnp.take(x_TD, inputs.leaving.rows, axis=0))
-        token_X = sample(unembed(rows_XD, params, config), inputs.leaving, config.vocab)
+        token_X = greedy(unembed(rows_XD, params, config), config.vocab)
         state = replace(state, tokens=state.tokens.at[0, inputs.leaving.slots].set(token_X, mode="drop"))
     return pass_on(state, x_TD, shape), lax.all_gather(token_X, "kvp")
 
@@ -125,6 +121,18 @@ def readout(params: Params, state: State, rows: jax.Array, groups: jax.Array, *,
     x_XD = lax.psum(jnp.where(lax.axis_index("spp") == 0, x_XD, 0), "spp")
     x_XD = lax.psum(jnp.where((lax.axis_index("kvp") == groups)[:, None], x_XD, 0), "kvp")
     return all_logits(unembed(x_XD, params, config), config.vocab)
+
+
+def redraw(params: Params, state: State, buffer: jax.Array, *, config: ModelConfig) -> tuple[State, jax.Array]:
+    """(State, tokens [X]): drawn tokens in the registers that took greedy ones in the last tick.
+
+    A program of its own: a branch within the tick would have the host wait for what decides it.
+    """
+    draws = unpack_draws(buffer)
+    token_X = draw(readout(params, state, draws.rows, draws.groups, config=config), draws)
+    here_X = (draws.shared != 0) | (draws.groups == lax.axis_index("kvp"))
+    slots_X = jnp.where(here_X, draws.slots, state.tokens.shape[1])
+    return replace(state, tokens=state.tokens.at[0, slots_X].set(token_X, mode="drop")), token_X
 
 
 def make_step(
@@ -151,6 +159,16 @@ def make_readout(mesh: Mesh, config: ModelConfig, dtype: Any) -> Callable:
     params, state = _partitions(mesh, config)
     ins = (params, state, PartitionSpec(), PartitionSpec())
     return _compile_on(mesh, functools.partial(readout, config=config), ins, PartitionSpec(), dtype, donate=())
+
+
+def make_redraw(mesh: Mesh, config: ModelConfig, dtype: Any) -> Callable:
+    """The jitted redraw: (params, state, buffer) -> (state, tokens [X]), `state` donated.
+
+    `buffer` is int32 [8, X] as `packing.pack_draws` fills it. A token is -1 where a logit was not finite.
+    """
+    params, state = _partitions(mesh, config)
+    body = functools.partial(redraw, config=config)
+    return _compile_on(mesh, body, (params, state, PartitionSpec()), (state, PartitionSpec()), dtype, donate=(1,))
 
 
 def make_state(target: State) -> Callable[[], State]:
