@@ -58,7 +58,7 @@ class BenchEngineConfig:
 
     models: tuple[str, ...] = ("configs/model/llama-3.2-1b.yaml",)
     contexts: tuple[int, ...] = (8_192, 32_768, 131_072)
-    chunks: tuple[int, ...] = (8192, 512)
+    chunks: tuple[int, ...] = (8184, 504)
     adaptive: bool = True
     hardware: str | None = None
     mesh: mn.MeshSpec = mn.MeshSpec()

@@ -36,7 +36,7 @@ RIVAL_POINTS = {
     "llama-3-8b": {8_192: (0.210, 6.91), 32_768: (1.20, 8.00), 131_072: (10.4, 12.3), 393_216: (77.0, 23.9)},
 }  # fmt: skip
 TTFT, TBT, RATIO, PEAK = "TTFT", "TBT p50", "TTFT over that of the largest chunk", "peak memory over weights and cache"
-LARGE_CHUNKS = (8192, "adaptive")  # to which the targets of TTFT apply
+LARGE_CHUNKS, SMALL_CHUNKS = (8192, 8184), (512, 504)  # alone, or with 8 decode rows to a multiple of 128
 # (name, shape, context) -> (must, aim) on one H100 or H200.
 BOUNDS = {
     (TTFT, "llama-3-8b", 131_072): ("<= 10.2", "<= 9.4"),
@@ -60,12 +60,10 @@ def bounds(name: str, device_kind: str, mesh: MeshSpec, **where: Any) -> dict[st
         return {}
     if name == PEAK:
         return dict(must="<= 4", aim="<= 2")
-    if (
-        name == TTFT
-        and where.get("chunk") not in LARGE_CHUNKS
-        or name == RATIO
-        and (where.get("chunk"), where.get("over")) != (512, 8192)
-    ):
+    chunk, over = where.get("chunk"), where.get("over")
+    if name == TTFT and chunk not in (*LARGE_CHUNKS, "adaptive"):
+        return {}
+    if name == RATIO and (chunk not in SMALL_CHUNKS or over not in LARGE_CHUNKS):
         return {}
     known = BOUNDS | (H200_BOUNDS if "H200" in device_kind else {})
     found = known.get((name, where.get("shape", ""), where.get("context", 0)))

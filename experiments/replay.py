@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,7 +30,7 @@ from mnemosyne_jax.planning import pages_that_fit, tick_time, times_alone
 from mnemosyne_jax.serve.budget import BatchLoad, TickTime
 from mnemosyne_jax.serve.engine import Loop
 from mnemosyne_jax.serve.policy import PrefillTimes
-from mnemosyne_jax.serve.request import Request
+from mnemosyne_jax.serve.request import Request, Sequence
 from mnemosyne_jax.serve.scheduler import Scheduler
 from mnemosyne_jax.serve.simulation import SimExecutor, StageRun
 
@@ -83,7 +83,7 @@ def workload(config: ReplayConfig) -> list[Arrival]:
 
 
 def cancels(
-    config: ReplayConfig, arrivals: Sequence[Arrival], expected: TickTime, times: PrefillTimes
+    config: ReplayConfig, arrivals: Seq[Arrival], expected: TickTime, times: PrefillTimes
 ) -> list[tuple[float, str]]:
     """(when, which request) for those that are taken back, in order of time.
 
@@ -108,7 +108,7 @@ def perturbed(hardware: HardwareConfig, error: float, seed: int) -> HardwareConf
 
 
 def replay(
-    config: ReplayConfig, policy: str, arrivals: Sequence[Arrival], spans: list[TickSpan] | None = None
+    config: ReplayConfig, policy: str, arrivals: Seq[Arrival], spans: list[TickSpan] | None = None
 ) -> tuple[list[Served], Loop]:
     """(what came of every request, the loop that served them) under one policy.
 
@@ -129,17 +129,13 @@ def replay(
         prefill_times=times,
     )
 
-    tokens = 0  # of prompts and answers, so far
-
-    def report(runs: tuple[StageRun, ...]) -> None:
-        nonlocal tokens
-        entered = runs[0].batch
-        tokens += len(entered.decodes) + sum(row.length for row in entered.chunks)
+    def draw(runs: tuple[StageRun, ...]) -> None:
         if spans is not None and config.perfetto_s[0] <= runs[0].begin_s < config.perfetto_s[1]:
-            spans.extend(stages.tick_spans(runs, entered.tick, expected, serve, mesh, scheduler.waiting))
+            spans.extend(stages.tick_spans(runs, runs[0].batch.tick, expected, serve, mesh, scheduler.waiting))
 
     watch = tick_time(model, perturbed(hardware, config.error, config.seed), mesh, serve)
-    loop = Loop(scheduler, executor := SimExecutor(serve, mesh, watch, config.stages, report))
+    executor = SimExecutor(serve, mesh, watch, config.stages, None if spans is None else draw)
+    loop = Loop(scheduler, executor)
     prompt = np.zeros(longest, np.int32)
     waiting, leaving, found = deque(arrivals), deque(cancels(config, arrivals, expected, times)), {}
     end_s, say_at_s = arrivals[-1].arrival_s + config.drain_s, time.perf_counter() + SAY_EVERY_S
@@ -163,6 +159,7 @@ def replay(
         arrived, _ = loop.tick(requests, ended)
         found |= {sequence.request.id: sequence for sequence in arrived}
         if time.perf_counter() >= say_at_s:
+            tokens = sum(s.prompt_scheduled + len(s.tokens) for s in found.values() if isinstance(s, Sequence))
             print(f"  {policy}: {now_s:.0f} s simulated of at most {end_s:.0f}, {tokens:,} tokens, "
                   f"{scheduler.waiting} requests waiting", file=sys.stderr, flush=True)  # fmt: skip
             say_at_s = time.perf_counter() + SAY_EVERY_S
@@ -219,7 +216,7 @@ def main(args: list[str] | None = None) -> int:
     return 0 if not config.check or results.check(made) else 1
 
 
-def _latencies(run: Sequence[Served]) -> tuple[np.ndarray, np.ndarray]:
+def _latencies(run: Seq[Served]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([s.ttft_s for s in run]), np.concatenate([np.diff(s.token_s) for s in run])
 
 

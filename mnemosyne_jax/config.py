@@ -131,8 +131,9 @@ class ServeConfig:
     `private_rows` and `shared_rows` are how many sequences of each kind run at once (private: per group),
     `private_chunks` and `shared_chunks` how many of them may prefill in one tick. `chunk_tokens` is
     the prefill token budget of a tick; `chunk_buckets` are the row counts for which programs are
-    compiled (None: a sixteenth, a quarter and the whole of `chunk_tokens`). `ahead` is how many
-    ticks are submitted before a token is read.
+    compiled (None: a sixteenth, a quarter and the whole of `chunk_tokens`): on a GPU a bucket and the decode rows
+    together are best a multiple of 128, and decode rows 8 or more. `ahead` is how many ticks are submitted before a
+    token is read.
 
     Prompts go in the order of `policy` (`serve/policy.py`). Chunks are `adaptive`: they fill the time that a cost model
     predicts. While anything decodes, a token of it may take `tbt_slo_s` through the whole pipe; else a tick may take

@@ -49,7 +49,8 @@ def plan(model: ModelConfig, hardware: HardwareConfig, mesh: MeshSpec, context_t
     token_bytes = model.kv_bytes_per_token(dtype_bytes, mesh.tp)
     room = int(hardware.memory_bytes * (1 - ACTIVATION_FRACTION)) - weight_bytes
     longest = max(0, room) * mesh.devices // token_bytes
-    ttft_s, tbt_s = _alone(model, hardware, mesh, context_tokens) if hardware.fitted else (None, None)
+    known = hardware.fitted and context_tokens > 0
+    ttft_s, tbt_s = _alone(model, hardware, mesh, context_tokens) if known else (None, None)
     return Plan(
         weight_bytes_per_device=weight_bytes,
         kv_bytes_per_token=token_bytes,

@@ -144,6 +144,8 @@ class JaxExecutor:
 
     def _draw(self, batch: Batch, shape: StepShape) -> list[tuple[list[tuple[int, int]], jax.Array]]:
         """Draws the tokens of rows that are not greedy: ([(group, place among the tick's tokens)], device array)."""
+        if not any(row.request.temperature > 0 for row in (*batch.decodes, *batch.chunks)):
+            return []
         hot, drawn = [row for row in leaving_rows(batch, shape) if row[0].request.temperature > 0], []
         for at in range(0, len(hot), READOUT_ROWS):
             part = hot[at : at + READOUT_ROWS]
@@ -172,18 +174,18 @@ class JaxExecutor:
 
     def _result(self) -> StepResult:
         batch, shape, tokens, drawn, reads = self._unread.popleft()
-        token = np.array(tokens.addressable_data(0))
+        token_GX = np.asarray(tokens.addressable_data(0)).tolist()
         for places, values in drawn:
-            for place, value in zip(places, np.asarray(values.addressable_data(0)), strict=False):
-                token[place] = value
+            for (group, index), value in zip(places, np.asarray(values.addressable_data(0)).tolist(), strict=False):
+                token_GX[group][index] = value
         logits = {}
         for keys, values in reads:
             logits |= dict(zip(keys, np.asarray(values.addressable_data(0)), strict=False))
         return StepResult(
             batch,
-            decode_tokens=tuple(int(token[row.group or 0, row.slot]) for row in batch.decodes),
+            decode_tokens=tuple(token_GX[row.group or 0][row.slot] for row in batch.decodes),
             chunk_tokens=tuple(
-                int(token[row.group or 0, shape.slots + index]) if row.last else 0
+                token_GX[row.group or 0][shape.slots + index] if row.last else 0
                 for row, index, _ in place_chunks(batch, shape)
             ),
             logits=logits,

@@ -14,9 +14,10 @@ from mnemosyne_jax.model.inputs import step_shapes, views
 from mnemosyne_jax.packing import pack, smallest_shape
 from mnemosyne_jax.planning import tick_time
 from mnemosyne_jax.serve.budget import BatchLoad
+from tests.world import guessed
 
 LLAMA_8B = from_yaml(ModelConfig, "configs/model/llama-3-8b.yaml")
-H100 = from_yaml(HardwareConfig, "configs/hardware/h100.yaml")
+H100 = guessed("h100")
 MESHES = [MeshSpec(), MeshSpec(2, 2, 2)]
 SERVE = ServeConfig(
     pool_pages=600, page_tokens=64, private_rows=16, shared_rows=2, chunk_tokens=2048, chunk_buckets=(64, 512, 2048)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, ServeConfig, from_yaml
+from mnemosyne_jax.config import MeshSpec, ModelConfig, ServeConfig, from_yaml
 from mnemosyne_jax.errors import RequestError
 from mnemosyne_jax.planning import tick_time, times_alone
 from mnemosyne_jax.serve.budget import BatchLoad
@@ -14,9 +14,10 @@ from mnemosyne_jax.serve.engine import Loop
 from mnemosyne_jax.serve.request import Request
 from mnemosyne_jax.serve.scheduler import Scheduler
 from mnemosyne_jax.serve.simulation import SimExecutor
+from tests.world import guessed
 
 LLAMA_8B = from_yaml(ModelConfig, "configs/model/llama-3-8b.yaml")
-H100 = from_yaml(HardwareConfig, "configs/hardware/h100.yaml")
+H100 = guessed("h100")
 SERVE = ServeConfig(
     chunk_tokens=8192,
     chunk_buckets=tuple(2**k for k in range(6, 14)),

@@ -65,6 +65,7 @@ def place(
     if shape.chunk_tokens:
         targets.append(cache.write_targets(page_table_SJ, inputs.chunks, shape.chunk_tokens, shape.page_tokens, pages))
     page_T, offset_T = (jnp.concatenate(parts) for parts in zip(*targets, strict=True))
+    page_T = jnp.where(page_T < pages, page_T, pages + jnp.arange(len(page_T)))  # `write` wants no place twice
     return Placement(page_T, offset_T, page_table_SJ, inputs.decodes, inputs.chunks, chunk_positions)
 
 

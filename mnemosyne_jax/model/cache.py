@@ -100,5 +100,9 @@ def write_targets(
 def write(
     kv_LP2KBH: jax.Array, layer: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, page_T: jax.Array, offset_T: jax.Array
 ) -> jax.Array:
-    """The cache with the keys and values of T tokens of `layer` stored in place; pages out of range are dropped."""
-    return kv_LP2KBH.at[layer, page_T, :, :, offset_T].set(jnp.stack([k_TKH, v_TKH], axis=1), mode="drop")
+    """The cache with the keys and values of T tokens of `layer` stored in place; pages out of range are dropped.
+
+    No two tokens have the same page and offset, those dropped included: a GPU need not store one after the other.
+    """
+    kv_T2KH = jnp.stack([k_TKH, v_TKH], axis=1)
+    return kv_LP2KBH.at[layer, page_T, :, :, offset_T].set(kv_T2KH, mode="drop", unique_indices=True)

@@ -6,7 +6,8 @@ pipe, at the rows of the smallest program that holds each of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,12 +50,12 @@ class TickTime:
             self._programs_s[rows] = None if rows is None else self.cost.program_s(*rows)
         return self._programs_s[rows]
 
-    def seconds(self, pipe: tuple[BatchLoad, ...]) -> float | None:
+    def seconds(self, pipe: Collection[BatchLoad]) -> float | None:
         """Of a tick with these batches in the pipe; None if no program holds them."""
-        shared = max(load.shared_tokens for load in pipe)
-        private = max(max(load.private_tokens) for load in pipe)
+        shared = max([load.shared_tokens for load in pipe])
+        private = max([max(load.private_tokens) for load in pipe])
         program_s = self.program_s(shared, private)
-        return None if program_s is None else program_s + max(max(load.attention_s) for load in pipe)
+        return None if program_s is None else program_s + max([max(load.attention_s) for load in pipe])
 
     def with_decodes(self, load: BatchLoad, rows: Iterable[DecodeRow]) -> BatchLoad:
         """The load with these decode rows."""
@@ -66,7 +67,7 @@ class TickTime:
                 for span in row.spans:
                     keys[span.group] += span.local_tokens(row.position + 1, self.page_tokens)
         attention_s = [s + self.cost.decode_s(k) for s, k in zip(load.attention_s, keys, strict=True)]
-        return load._replace(attention_s=tuple(attention_s))
+        return BatchLoad(load.shared_tokens, load.private_tokens, tuple(attention_s))
 
     def with_chunk(self, load: BatchLoad, spans: tuple[Span, ...], shared: bool, start: int, tokens: int) -> BatchLoad:
         """The load with `tokens` more of a prompt of which `start` are stored."""
@@ -83,29 +84,58 @@ class TickBudget:
     """A tick under construction: the load of its batch so far, beside the older ones in the pipe."""
 
     def __init__(self, tick_time: TickTime, older: Iterable[BatchLoad], load: BatchLoad):
-        self._time, self.load = tick_time, load
-        older = list(older)
-        self._older_shared = max((one.shared_tokens for one in older), default=0)
-        self._older_private = max((max(one.private_tokens) for one in older), default=0)
-        self._older_attention_s = max((max(one.attention_s) for one in older), default=0.0)
+        self._time = tick_time
+        # Of the whole pipe: the most shared tokens, private tokens and seconds of attention of any group.
+        self._shared, self._private, self._attention_s = 0, 0, 0.0
+        for one in older:
+            self._add_to_pipe(one)
+        self._take(load)
+
+    def _add_to_pipe(self, load: BatchLoad) -> None:
+        self._shared = max(self._shared, load.shared_tokens)
+        self._private = max(self._private, *load.private_tokens)
+        self._attention_s = max(self._attention_s, *load.attention_s)
+
+    def _take(self, load: BatchLoad) -> None:
+        self.load = load
+        self._add_to_pipe(load)  # it only grows
+        self._least_s: dict[int | None, float] = {}
+
+    def add_chunk(self, sequence: Sequence, tokens: int) -> None:
+        shared = sequence.group is None
+        self._take(self._time.with_chunk(self.load, sequence.spans, shared, sequence.prompt_scheduled, tokens))
+
+    def full(self, budget_s: float) -> bool:
+        """Whether no chunk of any prompt, in any group or in all, keeps `budget_s`."""
+        return all(self._least(group) > budget_s for group in (*range(len(self.load.attention_s)), None))
+
+    def _least(self, group: int | None) -> float:
+        """Seconds of the tick with one token more in `group` (None: in all), and no more attention than now."""
+        if group not in self._least_s:
+            program_s = self._program_s(group, 1)
+            self._least_s[group] = math.inf if program_s is None else program_s + self._attention_s
+        return self._least_s[group]
+
+    def _program_s(self, group: int | None, tokens: int) -> float | None:
+        """All but attention, with `tokens` more."""
+        if group is None:
+            return self._time.program_s(max(self._shared, self.load.shared_tokens + tokens), self._private)
+        return self._time.program_s(self._shared, max(self._private, self.load.private_tokens[group] + tokens))
 
     def largest_chunk(self, sequence: Sequence, room_tokens: int, budget_s: float, step: int = STEP) -> int:
         """The largest next chunk of a prompt with which the tick is predicted to keep `budget_s`; 0 for none."""
-        ticks, load, start = self._time, self.load, sequence.prompt_scheduled
-        page_tokens, chunk_s = ticks.page_tokens, ticks.cost.chunk_s
-        shared_tokens = max(self._older_shared, load.shared_tokens)
-        private_tokens = max(self._older_private, *load.private_tokens)
-        other_s = max(self._older_attention_s, *load.attention_s)
+        group = sequence.group
+        if self._least(group) > budget_s:  # what is larger takes no less: most prompts that find no time end here
+            return 0
+        load, start, page_tokens, chunk_s = (
+            self.load, sequence.prompt_scheduled, self._time.page_tokens, self._time.cost.chunk_s,
+        )  # fmt: skip
         # What the search does not change is looked up once: (seconds so far, span, keys before) of each group.
         held = [(load.attention_s[s.group], s, s.local_tokens(start, page_tokens)) for s in sequence.spans]
-        group = sequence.group
 
         def fits(tokens: int) -> bool:
-            if group is None:
-                program_s = ticks.program_s(max(shared_tokens, load.shared_tokens + tokens), private_tokens)
-            else:
-                program_s = ticks.program_s(shared_tokens, max(private_tokens, load.private_tokens[group] + tokens))
-            if program_s is None or program_s + other_s > budget_s:
+            program_s = self._program_s(group, tokens)
+            if program_s is None or program_s + self._attention_s > budget_s:
                 return False
             if group is not None:  # all of a private prompt's keys are in its group
                 return program_s + held[0][0] + chunk_s(tokens, held[0][2], tokens) <= budget_s
@@ -117,7 +147,3 @@ class TickBudget:
 
         left = len(sequence.request.prompt) - start
         return largest_fitting(left, room_tokens, fits, step) if fits(min(left, room_tokens, step)) else 0
-
-    def add_chunk(self, sequence: Sequence, tokens: int) -> None:
-        shared = sequence.group is None
-        self.load = self._time.with_chunk(self.load, sequence.spans, shared, sequence.prompt_scheduled, tokens)

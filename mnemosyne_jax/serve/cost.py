@@ -36,19 +36,30 @@ class CostModel:
     layer_weights: float = field(init=False)  # of one layer, in one device
     heads: int = field(init=False)  # query heads in one device
     kv_heads: int = field(init=False)
+    layers: int = field(init=False)  # of one stage
+    # Of attention, which is asked for many times a tick: facts that do not change.
+    _pair_flops: float = field(init=False)  # of one query and one key
+    _attention_flops_per_s: Number = field(init=False)
+    _key_bytes: float = field(init=False)
+    _key_bytes_per_s: Number = field(init=False)
 
     def __post_init__(self):
-        m, tp = self.model, self.mesh.tp
+        m, h, tp = self.model, self.hardware, self.mesh.tp
         kv_heads = max(m.kv_heads // tp, 1)
         heads = m.heads // tp
         weights = m.width * m.head_dim * (2 * heads + 2 * kv_heads) + 3 * m.width * m.ffn // tp
-        for name, value in (("layer_weights", float(weights)), ("heads", heads), ("kv_heads", kv_heads)):
+        derived = {
+            "layer_weights": float(weights),
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "layers": m.layers // self.mesh.spp,
+            "_pair_flops": 4.0 * heads * m.head_dim,
+            "_attention_flops_per_s": h.matmul_flops_per_s * h.attention_share,
+            "_key_bytes": 2.0 * kv_heads * m.head_dim * self.dtype_bytes,
+            "_key_bytes_per_s": h.hbm_bytes_per_s * h.kv_read_share,
+        }
+        for name, value in derived.items():
             object.__setattr__(self, name, value)
-
-    @property
-    def layers(self) -> int:
-        """Of one stage."""
-        return self.model.layers // self.mesh.spp
 
     def program_s(self, rows: Number, merged_rows: Number = 0, sampled_rows: Number = 1) -> Number:
         """Everything but attention, for a program of so many `rows`, of which `merged_rows` are merged over kvp."""
@@ -74,13 +85,12 @@ class CostModel:
 
         `keys_own` are those of the chunk's own tokens that are held here (None: all). A query sees half of them.
         """
-        h = self.hardware
         own = tokens if keys_own is None else keys_own
         rows = tokens * (self.heads / self.kv_heads)
-        products = 4.0 * self.heads * self.model.head_dim * tokens * (keys_before + 0.5 * own)
+        products = self._pair_flops * tokens * (keys_before + 0.5 * own)
         # A tile that is not full of queries costs as much as a full one: products as if there were `chunk_rows` more.
-        filled = rows / (rows + h.chunk_rows)
-        compute_s = products / (h.matmul_flops_per_s * h.attention_share * filled)
+        filled = rows / (rows + self.hardware.chunk_rows)
+        compute_s = products / (self._attention_flops_per_s * filled)
         return self.layers * self.maximum(compute_s, self._read_s(keys_before + own))
 
     def decode_s(self, keys: Number) -> Number:
@@ -88,5 +98,4 @@ class CostModel:
         return self.layers * self._read_s(keys)
 
     def _read_s(self, keys: Number) -> Number:
-        key_bytes = 2.0 * self.kv_heads * self.model.head_dim * self.dtype_bytes
-        return keys * key_bytes / (self.hardware.hbm_bytes_per_s * self.hardware.kv_read_share)
+        return keys * self._key_bytes / self._key_bytes_per_s

@@ -31,17 +31,14 @@ class Places:
         Reserving everything at once is what keeps several long requests from each holding a part that the others wait
         for. A short request goes to the group with the least prefill pending.
         """
-        pages = -(-sequence.request.total_tokens // self._serve.page_tokens)
-        fits_one = sequence.request.total_tokens <= self._serve.span_tokens and pages <= self.pools[0].size
+        tokens = sequence.request.total_tokens
+        pages = -(-tokens // self._serve.page_tokens)
+        fits_one = tokens <= self._serve.span_tokens and pages <= self.pools[0].size
         if self._groups == 1 or fits_one:
             ready = [g for g in range(self._groups) if self.free_slots[g] and self.pools[g].free >= pages]
             if not ready:
                 return False
-            pending = [0] * self._groups
-            for s in running:
-                if s.group is not None:
-                    pending[s.group] += len(s.request.prompt) - s.prompt_scheduled + 1
-            sequence.group = min(ready, key=lambda g: (pending[g], g))
+            sequence.group = ready[0] if len(ready) == 1 else self._idlest(ready, running)
             held = [(sequence.group, *private_layout(pages)[0])]
         else:
             held = [(g, *layout) for g, layout in enumerate(self._layout_of_all(pages))]
@@ -51,6 +48,13 @@ class Places:
         sequence.slot = self.free_slots[sequence.group].pop(0)
         sequence.spans = tuple(Span(g, start, stride, self.pools[g].grant(count)) for g, start, stride, count in held)
         return True
+
+    def _idlest(self, ready: list[int], running: Iterable[Sequence]) -> int:
+        pending = [0] * self._groups
+        for s in running:
+            if s.group is not None:
+                pending[s.group] += len(s.request.prompt) - s.prompt_scheduled + 1
+        return min(ready, key=lambda g: (pending[g], g))
 
     def _layout_of_all(self, pages: int) -> list[tuple[int, int, int]]:
         if self._serve.placement == "stripe":
@@ -66,6 +70,8 @@ class Places:
 
     def drain(self, done_tick: int) -> None:
         """Frees pages and slots once the last batch with a row of their owner has left the last stage."""
+        if not self.quarantined_slots:  # in most ticks; whoever releases pages releases a slot with them
+            return
         for pool in self.pools:
             pool.drain(done_tick)
         while self.quarantined_slots and self.quarantined_slots[0][0] <= done_tick:

@@ -19,27 +19,38 @@ class ChunkRoom:
         self._largest_first = serve.buckets[::-1]
         self._rows: dict[int | None, int] = {None: 0} | dict.fromkeys(self._groups, 0)
         self._tokens = dict(self._rows)
+        self._left: dict[int | None, int] = {}  # as found since the last chunk was taken
 
     def take(self, sequence: Sequence, tokens: int) -> None:
         self._rows[sequence.group] += 1
         self._tokens[sequence.group] += tokens
+        self._left.clear()
 
     def yielding(self, sequence: Sequence, tokens: int, share: float, step: int) -> int:
         """Of a chunk what lies in its share of the smallest bucket that holds it, in multiples of `step`.
 
         The rest of the bucket costs nothing; a chunk that filled it would leave others the time, and no place.
         """
+        if share == 1:
+            return tokens
         taken = self._tokens[sequence.group]
         bucket = next((b for b in self._largest_first[::-1] if b >= taken + tokens), 0)
-        return min(tokens, max((int(share * bucket) - taken) // step * step, step)) if share < 1 else tokens
+        return min(tokens, max((int(share * bucket) - taken) // step * step, step))
 
     def tokens_for(self, sequence: Sequence) -> int:
         """Tokens that a sequence may still add: in the budget of every group it loads, in a program that exists."""
-        serve, group, taken = self._serve, sequence.group, self._tokens
+        group = sequence.group
+        if group not in self._left:
+            self._left[group] = self._tokens_left(group)
+        return self._left[group]
+
+    def _tokens_left(self, group: int | None) -> int:
+        serve, taken = self._serve, self._tokens
         if self._rows[group] == (serve.shared_chunks if group is None else serve.private_chunks):
             return 0
-        shared, private = taken[None], max(taken[g] for g in self._groups)
+        shared = taken[None]
         if group is None:
+            private = max(taken[g] for g in self._groups)
             largest = next((b for b in self._largest_first if self._fits(b, private)), 0)
             return max(0, min(serve.chunk_tokens - private, largest) - shared)
         largest = next((b for b in self._largest_first if self._fits(shared, b)), 0)

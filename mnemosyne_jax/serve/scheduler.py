@@ -181,11 +181,12 @@ class Scheduler:
     def _decode_rows(self) -> tuple[DecodeRow, ...]:
         rows, tick, next_tick = [], self.tick, self.tick + self.mesh.spp
         for s in self._decoding:
-            if s.next_tick <= tick and s.tokens_scheduled < s.request.max_new_tokens:
-                position = len(s.request.prompt) + s.tokens_scheduled - 1
-                rows.append(DecodeRow(s.request, s.slot, s.group, s.spans, position))
-                s.tokens_scheduled += 1
-                s.next_tick, s.last_tick = next_tick, tick
+            request, before = s.request, s.tokens_scheduled
+            if s.next_tick <= tick and before < request.max_new_tokens:
+                rows.append(DecodeRow(request, s.slot, s.group, s.spans, s.prompt_scheduled + before - 1))
+                s.tokens_scheduled = before + 1
+                s.next_tick = next_tick
+                s.last_tick = tick
         return tuple(rows)
 
     def _chunk_rows(self, now_s: float) -> Iterable[ChunkRow]:
@@ -236,6 +237,8 @@ class Scheduler:
                 budget.add_chunk(s, length)
                 self._last_chunk_tick = self.tick
                 yield self._take_chunk(area, s, length)
+                if budget.full(budget_s):
+                    break
             elif (without_room := without_room + 1) == MOST_PASSED:
                 break
         self._loads.appendleft(budget.load)
@@ -266,7 +269,7 @@ class Scheduler:
 
     def _admit(self, now_s: float) -> None:
         """Places waiting requests in order, until one that finds no room must not be passed."""
-        if not self.places.any_slot_free:
+        if not self.waiting or not self.places.any_slot_free:
             return
         passed, refuses = 0, self.serve.late == "refuse"
         for sequence, lets_others_pass in self._waiting.in_order(now_s):

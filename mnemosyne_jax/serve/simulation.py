@@ -29,21 +29,13 @@ class StageRun:
     batch: Batch
 
 
-@dataclass(frozen=True, eq=False)
-class _InPipe:
-    batch: Batch
-    load: BatchLoad
-    work_s: tuple[float, ...]
-
-
 class SimExecutor:
     """Stages in lock step, as the engine has them: at each tick all wait for the slowest.
 
     With `asynchronous` stages, a stage begins a batch once it is free and has its input, whatever the others do.
     Decodes need the tokens of the batch `spp` before theirs, and each step waits for the result that it gives.
 
-    `work_s[group][stage]` is how long each has had rows to work on, at their own cost: not padding up to the program of
-    the tick, nor waiting for others. `report` gets what the stages did at each step.
+    `report` gets what the stages did at each step.
     """
 
     def __init__(
@@ -57,14 +49,22 @@ class SimExecutor:
         self.depth = mesh.spp - 1 + serve.ahead
         self._time, self._groups, self._ahead = tick_time, mesh.kvp, serve.ahead
         self._lock_step, self._report = stages == "lock_step", report
-        nothing = _InPipe(Batch(-1), BatchLoad.empty(mesh.kvp), (0.0,) * mesh.kvp)
-        self._pipe = deque([nothing] * mesh.spp, maxlen=mesh.spp)  # newest first
+        # A batch, its load, and the work of stage 0 with it and all before it, by group; newest first.
+        nothing = Batch(-1), BatchLoad.empty(mesh.kvp), (0.0,) * mesh.kvp
+        self._pipe = deque([nothing] * mesh.spp, maxlen=mesh.spp)
         self._left_s = deque([0.0] * mesh.spp, maxlen=mesh.spp)  # asynchronous: when the newest batches leave
         self._free_s = [0.0] * mesh.spp  # and when each stage is done with them
         self._unread: deque[StepResult] = deque()
         self._now_s = 0.0
         self.ticks_s: list[float] = []
-        self.work_s = [[0.0] * mesh.spp for _ in range(mesh.kvp)]
+
+    @property
+    def work_s(self) -> list[list[float]]:
+        """[group][stage]: how long each has had rows to work on, at their own cost.
+
+        Not padding up to the program of the tick, nor waiting for others. Every stage does what the one before it did.
+        """
+        return [list(stages) for stages in zip(*[work_s for _, _, work_s in self._pipe], strict=True)]
 
     def now(self) -> float:
         return self._now_s
@@ -78,44 +78,46 @@ class SimExecutor:
 
     def step(self, batch: Batch) -> StepResult | None:
         load = batch_load(self._time, self._groups, batch)
-        self._pipe.appendleft(_InPipe(batch, load, _work_s(self._time, load)))
-        runs = self._run_tick() if self._lock_step else self._run_batch()
-        for stage, ran in enumerate(self._pipe):
-            for group, seconds in enumerate(ran.work_s):
-                self.work_s[group][stage] += seconds
-        if self._report:
-            self._report(runs)
-        last = runs[-1]
-        zeros = (0,) * len(last.batch.decodes), (0,) * len(last.batch.chunks)
-        self._unread.append(StepResult(last.batch, *zeros, {}, last.end_s))
+        done_s = zip(self._pipe[0][2], _work_s(self._time, load), strict=True)
+        self._pipe.appendleft((batch, load, tuple([before_s + own_s for before_s, own_s in done_s])))
+        last, end_s = self._run_tick() if self._lock_step else self._run_batch()
+        self._unread.append(StepResult(last, (0,) * len(last.decodes), (0,) * len(last.chunks), {}, end_s))
         if len(self._unread) <= (self._ahead if self._lock_step else self.depth):
             return None
         result = self._unread.popleft()
         self._now_s = max(self._now_s, result.time_s)
         return result
 
-    def _run_tick(self) -> tuple[StageRun, ...]:
-        """Each stage runs the batch that it holds, for as long as the slowest takes."""
-        seconds = self._seconds(tuple(ran.load for ran in self._pipe))
+    def _run_tick(self) -> tuple[Batch, float]:
+        """Each stage runs the batch that it holds, for as long as the slowest takes; what left the last one, and when.
+
+        What leaves is the oldest batch.
+        """
+        seconds = self._seconds([load for _, load, _ in self._pipe])
         begin_s, self._now_s = self._now_s, self._now_s + seconds
         self.ticks_s.append(seconds)
-        return tuple(StageRun(stage, begin_s, self._now_s, ran.batch) for stage, ran in enumerate(self._pipe))
+        if self._report:
+            batches = enumerate(batch for batch, _, _ in self._pipe)
+            self._report(tuple(StageRun(stage, begin_s, self._now_s, batch) for stage, batch in batches))
+        return self._pipe[-1][0], self._now_s
 
-    def _run_batch(self) -> tuple[StageRun, ...]:
-        """The newest batch runs through all stages; time moves on to when the first of them is free again."""
-        entered, runs = self._pipe[0], []
-        out_s = max(self._now_s, self._left_s[-1]) if entered.batch.decodes else self._now_s
-        seconds = self._seconds((entered.load,))
+    def _run_batch(self) -> tuple[Batch, float]:
+        """The newest batch runs through all stages, and leaves; time moves on to when the first of them is free."""
+        (batch, load, _), runs = self._pipe[0], []
+        out_s = max(self._now_s, self._left_s[-1]) if batch.decodes else self._now_s
+        seconds = self._seconds([load])
         for stage, free_s in enumerate(self._free_s):
             begin_s = max(out_s, free_s)
             out_s = self._free_s[stage] = begin_s + seconds
-            runs.append(StageRun(stage, begin_s, out_s, entered.batch))
+            runs.append(StageRun(stage, begin_s, out_s, batch))
         self.ticks_s.append(seconds)
         self._left_s.appendleft(out_s)
         self._now_s = self._free_s[0]
-        return tuple(runs)
+        if self._report:
+            self._report(tuple(runs))
+        return batch, out_s
 
-    def _seconds(self, loads: tuple[BatchLoad, ...]) -> float:
+    def _seconds(self, loads: list[BatchLoad]) -> float:
         seconds = self._time.seconds(loads)
         assert seconds is not None, "no program holds the batches in the pipe"
         return seconds

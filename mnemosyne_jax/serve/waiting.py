@@ -9,6 +9,8 @@ import numpy as np
 from mnemosyne_jax.serve.policy import DEMOTED, demoted, key
 from mnemosyne_jax.serve.request import Sequence
 
+FEW = 32  # are looked at in most ticks, of all that wait
+
 
 class WaitingQueue:
     """Sequences in the order of a policy, once estimated; of no policy, in the order in which they came."""
@@ -53,7 +55,17 @@ class WaitingQueue:
             behind = demoted(now_s, arrival_s, due_s, work_s)
             keys, patient = keys + DEMOTED * behind, patient | behind
         snapshot = list(self._sequences)
-        first = int(np.argmin(keys))
-        yield snapshot[first], bool(patient[first])  # often the only one asked for
-        for at in np.argsort(keys, kind="stable")[1:]:
+        for at in _ascending(keys):
             yield snapshot[at], bool(patient[at])
+
+
+def _ascending(keys: np.ndarray) -> Iterator[int]:
+    """The positions of keys in ascending order, ties as they stand; the first few without sorting them all."""
+    if len(keys) <= FEW:
+        yield from np.argsort(keys, kind="stable").tolist()
+        return
+    yield int(np.argmin(keys))  # often the only one asked for
+    few = keys <= np.partition(keys, FEW)[FEW]
+    for some, begin in ((few, 1), (~few, 0)):
+        at = np.flatnonzero(some)
+        yield from at[np.argsort(keys[at], kind="stable")][begin:].tolist()
