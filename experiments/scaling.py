@@ -1,190 +1,206 @@
-"""How prefill and decode of one long request scale, by the cost model: TTFT by devices, TBT by context and groups.
+"""How one long request scales over devices: TTFT and TBT on every layout kvp x spp x tp, and the same tokens on each.
 
-`python -m experiments.scaling --config_path configs/scaling.yaml [--out FILE] [--plot FILE.png]`
-
-The sequence pipeline (SPP) runs at the chunk with the least TTFT of all that are tried. Beside it context parallelism
-(CP), which passes keys and values around a ring: striped, where causal work is balanced, and contiguous, where it is
-not. `paper` is the figure of arXiv 2409.17264, to which nothing is fitted.
-
-What differs: the one link figure of the hardware stands for every link, but a ring would hide one nine times as slow;
-so striped CP comes out as all but perfect, and ahead of a pipeline, which must fill: the model charges a ring no skew,
-no congestion and no small kernels. The paper's 1.64 at 128 devices is near what a contiguous ring gives, its 1.08 at 32
-is not. Its TTFTs are longer: its attention ran at a quarter of peak, counted causally, ours at `attention_share`.
+`python -m experiments.scaling --config_path configs/scaling.yaml --out FILE.json --plot FILE.png --check` runs each
+layout on the first devices that it needs, fewest first, prints a line for each measurement and saves the record after
+each. Decodes are over a filled cache. `--layouts "[configs/layouts/spp2.yaml, ...]"` runs some of them,
+`--serve.placement grow` grows over the groups instead of striping. `--join "[FILE.json, ...]"` puts records of one kind
+of device together and measures nothing: efficiency, speed-up and picture are then of all of them. One process.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
+import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments import command_line, results, scaling_times
-from experiments.scaling_times import DTYPE_BYTES, Prefill
-from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, from_yaml
-from mnemosyne_jax.planning import plan
-from mnemosyne_jax.serve.cost import CostModel
+# A cache for the longest context needs more of a GPU than the three quarters that JAX takes by itself.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
 
-PAPER_STAGES = {"llama-3-8b": 4, "llama-3-70b": 8}  # of its figures of TBT
-PAPER_SPEEDUPS = {8: 1.10, 16: 1.08, 32: 1.08, 64: 1.29, 128: 1.64}  # 8B by devices, 1M tokens: figure 5b
-PAPER_TBT_MS = {1: 55.0, 2: 33.0}  # 8B by groups, 10M tokens: figure 7a; one group from "40% less" with two
+import jax
+
+import mnemosyne_jax as mn
+from experiments import ceilings, command_line, results, scaling_figure
+from experiments import scaling_record as record
+from experiments.bench_engine import BenchEngineConfig, bench_request, contexts_that_fit
+from experiments.bench_engine_runs import TimedEngine, built, fill, pool_pages, random_prompt, run_prompt
+from experiments.devices import use_virtual_devices
+from experiments.kernel_record import OURS, Found
+from experiments.scaling_record import LayoutBench
+from experiments.scaling_ring import time_rings
+from experiments.scaling_tokens import CompareConfig, compare
+from mnemosyne_jax.mesh import make_mesh
+
+LAYOUTS = Path(__file__).parents[1] / "configs" / "layouts"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A YAML file of `layouts`."""
+
+    mesh: mn.MeshSpec = mn.MeshSpec()
 
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    """Prefill of each of `prompts` on each of `stages` x tp; decode at each of `contexts` on each of `groups`.
+    """Prompts of `prefills` tokens, and decodes after `decodes` tokens, on each of `layouts` (YAML files; none: all).
 
-    Tried are chunks of so many tokens, and adaptive ones that fill ticks of so many seconds in programs of `buckets`.
+    `chunks`: tokens of a prefill's chunk by the stages of a pipe; one with a number of stages that is not named takes
+    those of the next smaller. `serve` holds for all, but rows: with kvp groups its shared rows are among
+    `private_rows`, so that a tick has as many. A prefill is repeated `rounds` times if it took no longer than
+    `repeat_s`; `new_tokens` are decoded. `spare_gib` of a device are left. Nothing is begun after `seconds`. `compare`:
+    the small model whose tokens are to be equal on all layouts. `rings`: prompts whose attention alone is timed around
+    a striped ring of the devices of each layout of kvp groups alone.
     """
 
-    models: tuple[str, ...] = ("configs/model/llama-3-8b.yaml",)
-    hardware: str = "configs/hardware/h100.yaml"
-    tp: int = 8
-    prompts: tuple[int, ...] = (1_000_000, 10_000_000)
-    stages: tuple[int, ...] = (1, 2, 4, 8, 16)
-    chunks: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384)
-    ticks_s: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.25)
-    buckets: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-    contexts: tuple[int, ...] = (1_000_000, 2_000_000, 4_000_000, 10_000_000)
-    groups: tuple[int, ...] = (1, 2, 4)
-    decode_stages: tuple[int, ...] = (1, 4, 8)
-    tbt_slo_s: float = 0.030
-    out: str | None = None
+    model: str = "configs/model/llama-3-8b.yaml"
+    layouts: tuple[str, ...] = ()
+    prefills: tuple[int, ...] = (131_072,)
+    decodes: tuple[int, ...] = (1_048_576,)
+    rings: tuple[int, ...] = ()
+    chunks: dict[int, int] = field(default_factory=lambda: {1: 4088})
+    serve: mn.ServeConfig = mn.ServeConfig(private_rows=8, private_chunks=1, shared_rows=1)
+    compare: CompareConfig = CompareConfig()
+    new_tokens: int = 65
+    rounds: int = 3
+    repeat_s: float = 4.0
+    spare_gib: float = 3.0
+    seconds: float = 420.0
+    seed: int = 0
+    matmul_size: int = 8192
+    copy_bytes: int = 4 << 30
+    sample_ms: float = 50.0
+    virtual_devices: int = 0
+    join: tuple[str, ...] = ()
     plot: str | None = None
+    out: str | None = None
     check: bool = False
 
+    def __post_init__(self):
+        if self.join and not (self.plot or self.out):
+            raise mn.RequestError("join", list(self.join), "needs --out FILE.json or --plot FILE.png")
+        if 1 not in self.chunks or min(self.chunks.values()) < 1:
+            raise mn.RequestError("chunks", self.chunks, "must be positive, and say what one stage takes: {1: tokens}")
+        if self.serve.private_rows <= self.serve.shared_rows:
+            raise mn.RequestError("serve.private_rows", self.serve.private_rows, "must be more than serve.shared_rows")
 
-def best_prefill(config: ScalingConfig, cost: CostModel, prompt_tokens: int) -> tuple[str, Prefill]:
-    """The Prefill with the least TTFT of all that are tried, and its chunks in words."""
-    tried = {f"{chunk} tokens": scaling_times.fixed(cost, prompt_tokens, chunk) for chunk in config.chunks}
-    for tick_s in config.ticks_s:
-        made = scaling_times.adaptive(cost, prompt_tokens, tick_s, config.buckets)
-        if made:
-            tried[f"{1e3 * tick_s:g} ms, {made.chunks.max()} to {made.chunks[:-1].min()} tokens"] = made
-    return min(tried.items(), key=lambda item: item[1].ttft_s)
+    def meshes(self) -> list[mn.MeshSpec]:
+        """Of all layouts, those of few devices first."""
+        files = self.layouts or sorted(LAYOUTS.glob("*.yaml"))
+        meshes = [mn.from_yaml(Layout, file).mesh for file in files]
+        return sorted(meshes, key=lambda mesh: (mesh.devices, mesh.kvp, mesh.spp))
 
-
-def prefill_rows(config: ScalingConfig, name: str, model: ModelConfig, hardware: HardwareConfig) -> Iterator[dict]:
-    """TTFT by devices of the pipeline, of both rings and of the floor, wherever the prompt fits into memory."""
-    whole = CostModel(model, hardware, MeshSpec(tp=config.tp), DTYPE_BYTES)
-    for prompt in config.prompts:
-        fewest: float | None = None  # device seconds on as few devices as hold the prompt
-        for mesh in (MeshSpec(spp=stages, tp=config.tp) for stages in config.stages):
-            if not plan(model, hardware, mesh, prompt).fits:
-                continue
-            words, best = best_prefill(config, CostModel(model, hardware, mesh, DTYPE_BYTES), prompt)
-            fewest = fewest or best.ttft_s * mesh.devices
-            rings_s = {
-                kind: scaling_times.ring_ttft_s(whole, mesh.spp, prompt, kind == "striped")
-                for kind in ("striped", "contiguous")
-            }
-            floor_s = scaling_times.prefill_flops(model, prompt) / (mesh.devices * hardware.matmul_flops_per_s)
-            where: dict[str, Any] = dict(context=prompt, mesh=str(mesh), model=name, devices=mesh.devices)
-            headline = name == "llama-3-8b" and prompt == 1_000_000
-            aim = "<= 15" if headline and mesh.devices == 128 else None
-            paper = {"paper": PAPER_SPEEDUPS[mesh.devices]} if headline and mesh.devices in PAPER_SPEEDUPS else {}
-            yield _row("TTFT of SPP", best.ttft_s, "s", aim=aim, chunk=words, chunks=len(best.chunks), **where)
-            for kind, ring_s in rings_s.items():
-                yield _row(f"TTFT of {kind} CP", ring_s, "s", **where)
-                yield _row(f"{kind} CP / SPP", ring_s / best.ttft_s, "1", **paper, **where)
-            yield _row("TTFT at peak FLOP/s", floor_s, "s", **where)
-            yield _row("MFU of SPP", floor_s / best.ttft_s, "1", **where)
-            yield _row("efficiency of SPP", fewest / mesh.devices / best.ttft_s, "1", aim=">= 0.8", **where)
-            yield _row("longest tick of SPP", best.ticks_s.max(), "s", **where)
-            _, other_s, transfer_s = scaling_times.ring_step_s(whole, mesh.spp, prompt, striped=True)
-            yield _row("attention / transfer in a ring step", other_s / transfer_s, "1", **where)
+    def work_on(self, mesh: mn.MeshSpec, contexts: tuple[int, ...], decode_only: bool) -> BenchEngineConfig:
+        """Prefills or decodes of these contexts on one layout, as `bench_engine` takes them."""
+        chunk = self.chunks[max(stages for stages in self.chunks if stages <= mesh.spp)]
+        rows = self.serve.private_rows - self.serve.shared_slots(mesh)
+        serve = replace(self.serve, private_rows=rows, chunk_tokens=chunk, chunk_buckets=(chunk,))
+        same = {name: getattr(self, name) for name in ("new_tokens", "rounds", "repeat_s", "spare_gib", "seed")}
+        return BenchEngineConfig(
+            models=(self.model,), contexts=contexts or (1,), chunks=(chunk,), adaptive=False, mesh=mesh, serve=serve,
+            decode_only=decode_only, **same,
+        )  # fmt: skip
 
 
-def decode_rows(config: ScalingConfig, name: str, model: ModelConfig, hardware: HardwareConfig) -> Iterator[dict]:
-    """TBT of one request by context, groups and stages, beside its floor; `fits` says whether memory would do."""
-    for stages in config.decode_stages:
-        for groups in config.groups:
-            mesh = MeshSpec(groups, stages, config.tp)
-            cost = CostModel(model, hardware, mesh, DTYPE_BYTES)
-            one_group = CostModel(model, hardware, MeshSpec(1, stages, config.tp), DTYPE_BYTES)
-            for context in config.contexts:
-                tbt_s, one_group_s = (scaling_times.tbt_s(c, context) for c in (cost, one_group))
-                floor_s = scaling_times.tbt_floor_s(model, hardware, mesh, context)
-                where: dict[str, Any] = dict(context=context, mesh=str(mesh), model=name, groups=groups, stages=stages)
-                where["fits"] = plan(model, hardware, mesh, context).fits
-                headline = (name, stages, context) == ("llama-3-8b", 4, 10_000_000)
-                paper = {"paper": PAPER_TBT_MS[groups]} if headline and groups in PAPER_TBT_MS else {}
-                aim = f"<= {1e3 * config.tbt_slo_s:g}" if headline and groups == max(config.groups) else None
-                yield _row("TBT", 1e3 * tbt_s, "ms", aim=aim, **paper, **where)
-                yield _row("TBT at peak bandwidth", 1e3 * floor_s, "ms", **where)
-                yield _row("speed-up by KVP", one_group_s / tbt_s, "1", **where)
+# One layout.
 
 
-def _row(name: str, value: float, unit: str, **where: Any) -> dict[str, Any]:
-    return results.row(name, float(f"{value:.4g}"), unit, **where)
+def scale_on(config: ScalingConfig, bench: LayoutBench, model: mn.ModelConfig) -> None:
+    """The measurements of one layout: decodes, which take seconds, then prefills, from short to long."""
+    shape, mesh = Path(config.model).stem, bench.mesh
+    asked = [config.work_on(mesh, config.decodes, True), config.work_on(mesh, config.prefills, False)]
+    wanted = [config.decodes, config.prefills]
+    jobs = [(work, contexts_that_fit(work, bench, model, shape)) for work, of in zip(asked, wanted, strict=True) if of]
+    longest = max((context for _, fitting in jobs for context in fitting), default=0)
+    if not longest or not bench.may_begin(shape=shape):
+        return
+    work, _ = jobs[0]
+    (chunk,) = work.chunks
+    serve = work.serve_for(chunk, pool_pages(work.serve, mesh, work.total_tokens(longest)))
+    executor, spent_s = built(model, serve, mesh)
+    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent_s.items())
+    print(f"{shape} on {mesh}, kernels {executor.impl}, chunks of {chunk}: {spent}", flush=True)
+    fill(executor)
+    engine = TimedEngine(executor, serve, None)
+    shortest = min(context for _, fitting in jobs for context in fitting)
+    # As a long prompt runs, over all groups: nothing measured is the first of its kind.
+    warm_up = random_prompt(min(shortest, max(2 * chunk, serve.span_tokens + 1)), model.vocab, config.seed)
+    run_prompt(engine, warm_up, config.new_tokens, planted=False)
+    for work, fitting in jobs:
+        kind = dict(cache="filled") if work.decode_only else dict(chunk=chunk)
+        for context in fitting:
+            where: dict[str, Any] = dict(shape=shape, context=context) | kind
+            if bench.may_begin(**where):
+                prompt = random_prompt(context, model.vocab, config.seed + 1)
+                with bench.found.guarded(OURS, **where, **bench.place):
+                    bench_request(work, bench, model, engine, prompt, where)
+                bench.save()
 
 
-def table(rows: Sequence[dict], keys: Sequence[str]) -> str:
-    """One line for each combination of `keys`, one column for each name of a row; (paper's figure) in brackets."""
-    lines: dict[tuple, dict[str, str]] = {}
-    for row in rows:
-        cells = lines.setdefault(tuple(row.get(key, "") for key in keys), {})
-        words = [f"{row['value']:g}", row["unit"].strip("1"), f"({row['paper']})" if "paper" in row else ""]
-        cells[row["name"]] = " ".join(filter(None, words))
-        cells |= {"chunk": str(row["chunk"])} if "chunk" in row else {}
-    columns = list(dict.fromkeys(name for cells in lines.values() for name in cells))
-    made = [[*keys, *columns], *([*map(str, at), *(cells.get(c, "") for c in columns)] for at, cells in lines.items())]
-    return "\n".join(" | ".join(line) for line in made)
-
-
-def figure(rows: Sequence[dict], config: ScalingConfig) -> Any:
-    """TTFT of the first prompt against devices and TBT against context, a row of panels for each model."""
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    drawn = Figure(figsize=(11, 4.2 * len(names)), layout="constrained")
-    panels = drawn.subplots(len(names), 2, squeeze=False)
-    for name, (left, right) in zip(names, panels, strict=True):
-        stages = PAPER_STAGES.get(name, max(config.decode_stages))
-        of_model = [row for row in rows if row["model"] == name]
-        for line, style in (("SPP", "o-"), ("striped CP", "s--"), ("contiguous CP", "^--")):
-            _draw(left, of_model, f"TTFT of {line}", "devices", style, line, context=config.prompts[0])
-        _draw(left, of_model, "TTFT at peak FLOP/s", "devices", "k:", "FLOPs at peak", context=config.prompts[0])
-        for i, groups in enumerate(config.groups):
-            at = dict(groups=groups, stages=stages, fits=True)
-            _draw(right, of_model, "TBT", "context", f"C{i}o-", f"KVP {groups}", **at)
-            _draw(right, of_model, "TBT at peak bandwidth", "context", f"C{i}:", None, **at)
-        right.axhline(1e3 * config.tbt_slo_s, color="k", lw=0.8)
-        left.set(title=f"{name}: prefill of {config.prompts[0]:,} tokens", xlabel="devices", ylabel="TTFT (s)")
-        right.set(title=f"SPP {stages}; dotted: bytes at peak bandwidth", xlabel="context (tokens)", ylabel="TBT (ms)")
-        for axes in (left, right):
-            axes.set(xscale="log", yscale="log")
-            axes.grid(alpha=0.25, which="both")
-            axes.legend(fontsize="small")
-            for side in (axes.xaxis, axes.yaxis):
-                side.set_major_formatter("{x:g}")
-                side.set_minor_formatter("{x:g}" if side is axes.yaxis else "")
-        left.set_xticks([s * config.tp for s in config.stages], minor=False)
-        right.set_xticks(config.contexts, [f"{context / 1e6:g}M" for context in config.contexts])
-    return drawn
-
-
-def _draw(axes: Any, rows: Sequence[dict], name: str, x: str, style: str, label: str | None, **at: Any) -> None:
-    points = [(r[x], r["value"]) for r in rows if r["name"] == name and at.items() <= r.items()]
-    axes.plot(*zip(*points, strict=True), style, label=label)
+def runnable(config: ScalingConfig, found: Found) -> Iterator[mn.MeshSpec]:
+    """The layouts that there are devices for; the others are absent from the record."""
+    for mesh in config.meshes():
+        try:
+            make_mesh(mesh)
+            yield mesh
+        except mn.RequestError as refusal:
+            found.leave_out(OURS, str(refusal), mesh=str(mesh))
 
 
 def main(args: list[str] | None = None) -> int:
-    config = command_line.read(ScalingConfig, args)
-    hardware, rows = from_yaml(HardwareConfig, config.hardware), []
-    for path in config.models:
-        model = from_yaml(ModelConfig, path)
-        prefills = list(prefill_rows(config, Path(path).stem, model, hardware))
-        decodes = list(decode_rows(config, Path(path).stem, model, hardware))
-        print(f"{Path(path).stem}\n{table(prefills, ('context', 'devices'))}", flush=True)
-        print(table(decodes, ("context", "mesh", "fits")), flush=True)
-        rows += prefills + decodes
-    made = results.document(config, rows)
+    """The exit code: 1 if a must is missed that was to be checked, or if nothing could be drawn."""
+    config: ScalingConfig = command_line.read(ScalingConfig, args)
+    if config.join:
+        made = record.joined([json.loads(Path(name).read_text()) for name in config.join])
+        return finish(config, made)
+    use_virtual_devices(config.virtual_devices)
+    end_s, found = time.monotonic() + config.seconds, Found(None)
+    model, kind = mn.from_yaml(mn.ModelConfig, config.model), jax.devices()[0].device_kind
+    measure = functools.partial(ceilings.measure, config.matmul_size, config.copy_bytes, config.sample_ms / 1e3)
+    reached = measure()
+
+    def save() -> dict[str, Any]:
+        made = results.document(config, [*found.rows, *record.derived(found.rows, kind)], reached)
+        made |= {"convention": record.CONVENTION, "absent": found.absent}
+        if config.out:
+            results.write(config.out, made)
+        return made
+
+    placement = config.serve.placement
+    benches = [LayoutBench(mesh, found, reached, save, end_s, placement) for mesh in runnable(config, found)]
+    with found.guarded(OURS, shape="small"):
+        compare(config.compare, config.serve, benches)
+    for bench in benches:
+        save()
+        try:
+            model.refuse_mesh(bench.mesh)
+        except mn.RequestError as refusal:
+            bench.leave_out(str(refusal), shape=Path(config.model).stem)
+            continue
+        with found.guarded(OURS, shape=Path(config.model).stem, **bench.place):
+            time_rings(config.rings, bench, model, config.serve, config.sample_ms / 1e3, shape=Path(config.model).stem)
+            scale_on(config, bench, model)
+        gc.collect()  # engines hold each other in circles, and the memory of a device
+    reached |= {f"{name}_at_the_end": value for name, value in measure().items()}
+    return finish(config, save())
+
+
+def finish(config: ScalingConfig, made: dict[str, Any]) -> int:
+    """Writes, draws, prints and checks a whole record: the exit code."""
+    for row in made["rows"]:
+        if row["name"] in record.DERIVED:
+            print(record.line(row), flush=True)
     if config.out:
         results.write(config.out, made)
-    if config.plot:
-        figure(rows, config).savefig(config.plot, dpi=120)
+    if config.plot and not results.save_png(scaling_figure.figure, made, config.plot):
+        print(f"{config.plot} was not written: there is no matplotlib here", file=sys.stderr)
+        return 1 if config.join else 0
     return 0 if not config.check or results.check(made) else 1
 
 

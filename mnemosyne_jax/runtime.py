@@ -43,6 +43,7 @@ class JaxExecutor:
         self.impl = choose_impl(serve, config, self.spec.tp, self.dtype)
         log.info("attention kernels: %s", self.impl)
         self.shapes = step_shapes(serve, self.spec)
+        self._draw_rows = min(READOUT_ROWS, max(shape.sampled for shape in self.shapes) * self.spec.kvp)
         self.pool_pages = serve.pool_pages or _pages_that_fit(config, params, serve, mesh)
         self.target = cache.abstract(config, serve, mesh, self.dtype, self.pool_pages)
         self._on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -97,7 +98,7 @@ class JaxExecutor:
                 make_readout(self.mesh, self.config, self.dtype).lower(self.params, self.target, rows, rows).compile()
             )
         if key == "redraw":
-            draws = jax.ShapeDtypeStruct((8, READOUT_ROWS), np.int32, sharding=self._replicated)
+            draws = jax.ShapeDtypeStruct((8, self._draw_rows), np.int32, sharding=self._replicated)
             return make_redraw(self.mesh, self.config, self.dtype).lower(self.params, self.target, draws).compile()
         step = make_step(self.mesh, self.config, key, self.dtype, self.serve.rope_precision, self.impl)
         words = (self.spec.spp, self.spec.kvp, buffer_words(key))
@@ -147,9 +148,9 @@ class JaxExecutor:
         if not any(row.request.temperature > 0 for row in (*batch.decodes, *batch.chunks)):
             return []
         hot, drawn = [row for row in leaving_rows(batch, shape) if row[0].request.temperature > 0], []
-        for at in range(0, len(hot), READOUT_ROWS):
-            part = hot[at : at + READOUT_ROWS]
-            self._state, tokens = self._beside("redraw", pack_draws(part, shape, READOUT_ROWS))
+        for at in range(0, len(hot), self._draw_rows):
+            part = hot[at : at + self._draw_rows]
+            self._state, tokens = self._beside("redraw", pack_draws(part, shape, self._draw_rows))
             tokens.copy_to_host_async()
             drawn.append(([(row.group or 0, index) for row, index, _ in part], tokens))
         return drawn

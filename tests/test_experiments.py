@@ -12,7 +12,7 @@ import pytest
 from make_checkpoint import make
 
 import mnemosyne_jax as mn
-from experiments import command_line, generate, results, schedule_picture
+from experiments import command_line, generate, results, scaling, schedule_picture
 from mnemosyne_jax.serve.batch import Batch, ChunkRow, DecodeRow
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ TINY = [
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_yaml_loads_into_its_config(path):
-    kinds = {"model": mn.ModelConfig, "hardware": mn.HardwareConfig}
+    kinds = {"model": mn.ModelConfig, "hardware": mn.HardwareConfig, "layouts": scaling.Layout}
     if path.parent.name in kinds:
         draccus.parse(kinds[path.parent.name], config_path=path, args=[])
         return

@@ -63,6 +63,11 @@ def test_table_is_the_sum_of_the_chunks():
     assert [times.alone_s(n) for n in lengths] == pytest.approx(np.interp(lengths, times.lengths, times.seconds))
 
 
+def test_table_of_no_prompt_at_all():
+    """As `plan` asks for one where nothing is said of a context."""
+    assert prefill_times(lambda done: STEP, tick_s, 0).alone_s(0) == 0
+
+
 def test_estimates_of_a_request():
     facts = lambda s: (s.due_s, s.left_s, s.work_s)  # noqa: E731
     assert facts(sequence(1_000_000, arrival_s=7.0)) == pytest.approx((7 + 150, 100, 100))

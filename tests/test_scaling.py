@@ -1,98 +1,262 @@
-"""Predicted prefills are those of the scheduler over a simulated mesh; rings and floors are what arithmetic says."""
+"""Scaling at tiny sizes on virtual devices: every layout measured or refused, the same tokens, and what follows."""
 
+import dataclasses
+import itertools
 import json
-from dataclasses import replace
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from experiments import command_line, scaling, scaling_times
+import mnemosyne_jax as mn
+from experiments import clocks, command_line, results, scaling, scaling_figure, scaling_ring, scaling_tokens
+from experiments import scaling_record as record
+from experiments.bench_engine_record import TBT, TTFT
+from experiments.kernel_record import Found
 from experiments.scaling import ScalingConfig
-from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, from_yaml
-from mnemosyne_jax.serve.cost import CostModel
-from tests.test_timed_scheduler import Simulated
+from experiments.scaling_record import LayoutBench
+from experiments.scaling_tokens import CompareConfig
 
-LLAMA_8B, LLAMA_70B = (from_yaml(ModelConfig, f"configs/model/llama-3-{size}.yaml") for size in ("8b", "70b"))
-H100 = from_yaml(HardwareConfig, "configs/hardware/h100.yaml")
-PERFECT = replace(
-    H100, matmul_share=1.0, attention_share=1.0, kv_read_share=1.0, weight_read_share=1.0, chunk_rows=0.0,
-    layer_overhead_s=0.0, tick_overhead_s=0.0, link_latency_s=0.0, link_bytes_per_s=1e18,
-)  # fmt: skip
-BUCKETS = (64, 256, 1024, 4096)
+YAML = "{width: 32, ffn: 64, vocab: 96, layers: 2, heads: 4, kv_heads: 2, head_dim: 8, dtype: float32}"
+TINY = [
+    *(
+        "--virtual_devices",
+        "8",
+        "--prefills",
+        "[160]",
+        "--rings",
+        "[160, 161]",
+        "--decodes",
+        "[200, 1000000000]",
+        "--rounds",
+        "1",
+    ),
+    *("--chunks", "{1: 64, 2: 32}", "--new_tokens", "8", "--serve.page_tokens", "8", "--serve.span_tokens", "64"),
+    *("--serve.private_rows", "2", "--serve.shared_rows", "1", "--serve.private_chunks", "1"),
+    *("--matmul_size", "64", "--copy_bytes", "65536", "--sample_ms", "0.1"),
+    *("--compare.prompt_tokens", "150", "--compare.new_tokens", "6", "--compare.chunk_tokens", "64"),
+    *("--compare.span_tokens", "64", "--compare.dtypes", "[float32]"),
+]
+ONE, H200 = mn.MeshSpec(), "NVIDIA H200"
+QWEN, LLAMA_8B = ("qwen2.5-0.5b", 10_000_000), ("llama-3-8b", 1_048_576)
 
 
-@pytest.mark.parametrize("spp", [1, 4])
-@pytest.mark.parametrize("tick_s", [0.02, 0.05, None])
-def test_prefill_is_what_the_scheduler_makes_of_it(spp, tick_s):
-    """The same chunks, and the same time in lock-step ticks, in chunks of one size (None) or of one time."""
-    mesh, prompt = MeshSpec(spp=spp, tp=8), 300_001
-    buckets = BUCKETS if tick_s else (2048,)
-    one = Simulated(
-        mesh,
-        private_rows=1,
-        chunk_tokens=buckets[-1],
-        chunk_buckets=buckets,
-        span_tokens=2**20,
-        idle_tick_s=tick_s or 10.0,
+def layout(*names):
+    return "[" + ", ".join(f"configs/layouts/{name}.yaml" for name in names) + "]"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(exit code, record, folder) of a whole run."""
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices")
+    folder = tmp_path_factory.mktemp("scaling")
+    (folder / "tiny.yaml").write_text(YAML)
+    (folder / "spp16.yaml").write_text("mesh: {spp: 16}")
+    layouts = layout("one", "kvp2", "spp2").replace("]", f", {folder / 'spp16.yaml'}]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clocks, "REST_S", 0)
+        patch.setattr(scaling_tokens, "SMALL", dataclasses.replace(scaling_tokens.SMALL, layers=2))  # compiled sooner
+        files = ["--model", str(folder / "tiny.yaml"), "--out", str(folder / "a.json"), "--plot", str(folder / "a.png")]
+        code = scaling.main([*TINY, *files, "--layouts", layouts, "--check"])
+    return code, json.loads((folder / "a.json").read_text()), folder
+
+
+def test_record_of_a_whole_run(run):
+    code, made, _ = run
+    rows = {name: [r for r in made["rows"] if r["name"] == name] for name in {r["name"] for r in made["rows"]}}
+    assert code == 0 and "fastest layout" in made["convention"]
+    meshes = [str(mn.MeshSpec()), str(mn.MeshSpec(spp=2)), str(mn.MeshSpec(kvp=2))]
+    assert [(r["mesh"], r["chunk"], r["context"], r["chunks"]) for r in rows[TTFT]] == [
+        (meshes[0], 64, 160, 3), (meshes[1], 32, 160, 5), (meshes[2], 64, 160, 3),
+    ]  # fmt: skip
+    filled = [r for r in rows[TBT] if r.get("cache") == "filled"]
+    assert [(r["mesh"], r["context"], r["devices"]) for r in filled] == [
+        (meshes[0], 200, 1),
+        *((m, 200, 2) for m in meshes[1:]),
+    ]
+    assert [r.get("placement") for r in rows[TTFT]] == [None, None, "stripe"]
+    assert [(r["mesh"], r["against"]) for r in rows[record.EFFICIENCY]] == [(m, meshes[0]) for m in meshes[1:]]
+    one, spp2 = rows[TTFT][0]["value"], rows[TTFT][1]["value"]
+    assert rows[record.EFFICIENCY][0]["value"] == pytest.approx(one / (2 * spp2), rel=1e-2)
+    assert len(rows[record.PENALTY]) == len(rows[record.TIME_CUT]) == 1 and len(rows[record.LEAST_TTFT]) == 2
+    absent = {(r["mesh"], r.get("context")): r["reason"] for r in made["absent"]}
+    assert absent.pop(("kvp 1 x spp 16 x tp 1", None)) == (
+        "mesh: got 'kvp 1 x spp 16 x tp 1', needs 16 devices, this run has 8"
     )
-    (sequence,) = one.run([(0.0, prompt, 1)])
-    cost = CostModel(LLAMA_8B, H100, mesh)
-    made = scaling_times.adaptive(cost, prompt, tick_s, BUCKETS) if tick_s else scaling_times.fixed(cost, prompt, 2048)
-    assert made is not None and len(made.ticks_s) == len(made.chunks) + spp - 1
-    assert made.chunks.tolist() == [row.length for batch in one.loop.batches for row in batch.chunks]
-    assert made.ttft_s == pytest.approx(sequence.timeline.ttft_s, rel=1e-9)
+    assert absent.pop((meshes[2], 161)) == "must be a multiple of 2 pages of 8 tokens"
+    (ring,) = rows[scaling_ring.RING]
+    assert (ring["mesh"], ring["context"]) == (meshes[2], 160) and ring["value"] > 0
+    assert set(absent) == {(mesh, 1_000_000_000) for mesh in meshes}
+    assert all("GiB of a device" in reason for reason in absent.values())
 
 
-def test_no_chunk_keeps_a_tick_that_is_too_short():
-    assert scaling_times.adaptive(CostModel(LLAMA_8B, H100, MeshSpec(tp=8)), 2**20, 0.002, BUCKETS) is None
+def test_tokens_are_those_of_one_device(run):
+    same = [r for r in run[1]["rows"] if r["name"] == scaling_tokens.SAME_TOKENS]
+    apart = [r for r in run[1]["rows"] if r["name"] == scaling_tokens.LOGIT_DIFFERENCE]
+    assert [(r["spp"], r["kvp"]) for r in same] == [(2, 1), (1, 2)] and len(apart) == 2
+    assert all(r["value"] == 1 and r["must"] == "== 1" and r["distinct"] > 2 for r in same)
+    assert all(r["value"] <= 1e-4 for r in apart)
 
 
-def test_a_striped_ring_divides_all_work_and_a_contiguous_one_waits_for_the_last_rank():
-    """On a perfect device; a ring of one is the prefill in a single chunk."""
-    cost, n = CostModel(LLAMA_8B, PERFECT, MeshSpec(tp=8)), 1_000_000
-    alone_s = cost.program_s(n) + cost.chunk_s(n, 0)
-    attention_s = cost.chunk_s(n, 0)
-    for ranks in (1, 2, 16):
-        striped_s, contiguous_s = (scaling_times.ring_ttft_s(cost, ranks, n, striped) for striped in (True, False))
-        assert striped_s == pytest.approx(alone_s / ranks, rel=1e-3)
-        late_s = attention_s / ranks**2 * (ranks - 1)  # whole blocks instead of halves, but for the first
-        assert contiguous_s == pytest.approx(striped_s + late_s, rel=1e-3)
+def test_another_token_or_logit_is_no_success(monkeypatch):
+    def sabotaged(config, serve, mesh, dtype, weights):
+        wrong = mesh.devices > 1
+        return [5, 6, 7 + (mesh.spp > 1)], np.array([4.0, 4.0 + 0.25 * wrong * (mesh.tp > 1)])
+
+    monkeypatch.setattr(scaling_tokens, "answers", sabotaged)
+    found = Found(None)
+    benches = [
+        LayoutBench(mesh, found, {}, lambda: None, float("inf"), "stripe")
+        for mesh in (ONE, mn.MeshSpec(kvp=2), mn.MeshSpec(spp=2), mn.MeshSpec(tp=2))
+    ]
+    scaling_tokens.compare(CompareConfig(), mn.ServeConfig(), benches)
+    missed = [(r["name"], r["dtype"], r["mesh"]) for r in found.rows if not results.keeps(r["value"], r["must"])]
+    assert missed == [
+        (scaling_tokens.SAME_TOKENS, "float32", "kvp 1 x spp 2 x tp 1"),
+        (scaling_tokens.LOGIT_DIFFERENCE, "float32", "kvp 1 x spp 1 x tp 2"),
+        (scaling_tokens.LOGIT_DIFFERENCE, "bfloat16", "kvp 1 x spp 1 x tp 2"),
+    ]
+    for mesh in (ONE, *(mn.MeshSpec(*sizes) for sizes in itertools.permutations((2, 2, 2)))):
+        scaling_tokens.SMALL.refuse_mesh(mesh)
+    for axis in ("kvp", "spp", "tp"):
+        scaling_tokens.SMALL.refuse_mesh(mn.MeshSpec(**{axis: 8}))
 
 
-def test_a_ring_over_slow_links_waits_for_them():
-    slow = replace(PERFECT, link_bytes_per_s=1e6)
-    cost, n, ranks = CostModel(LLAMA_8B, slow, MeshSpec()), 100_000, 4
-    sent_bytes = LLAMA_8B.kv_bytes_per_token(2) * n / ranks * (ranks - 1)
-    assert scaling_times.ring_ttft_s(cost, ranks, n, True) == pytest.approx(sent_bytes / (1e6 * 0.75), rel=1e-2)
+# What follows from made-up measurements.
 
 
-def test_floors():
-    """Seconds of arithmetic and of reading that are known."""
-    peak = H100.matmul_flops_per_s
-    for model, prompt, seconds in ((LLAMA_8B, 10**6, 2.2), (LLAMA_8B, 10**7, 208), (LLAMA_70B, 10**6, 11.5)):
-        assert scaling_times.prefill_flops(model, prompt) / (128 * peak) == pytest.approx(seconds, rel=0.02)
-    weights_s = (LLAMA_8B.weights - LLAMA_8B.vocab * LLAMA_8B.width) * 2 / 8 / H100.hbm_bytes_per_s
-    for kvp, seconds in ((1, 48.9e-3), (2, 24.5e-3), (4, 12.2e-3)):
-        floor_s = scaling_times.tbt_floor_s(LLAMA_8B, H100, MeshSpec(kvp, 4, 8), 10**7)
-        assert floor_s == pytest.approx(weights_s + seconds, rel=5e-3)
-        assert floor_s < scaling_times.tbt_s(CostModel(LLAMA_8B, H100, MeshSpec(kvp, 4, 8)), 10**7) < 1.5 * floor_s
-    assert LLAMA_70B.weights == pytest.approx(70.6e9, rel=1e-3) and LLAMA_70B.kv_bytes_per_token(2) == 320 * 2**10
+def ttft(seconds, work=LLAMA_8B, chunk=4088, placement="stripe", **axes):
+    mesh = mn.MeshSpec(**axes)
+    place = dict(placement=placement) if mesh.kvp > 1 else {}
+    sizes = dict(kvp=mesh.kvp, spp=mesh.spp, tp=mesh.tp, mesh=str(mesh), devices=mesh.devices)
+    return results.row(TTFT, seconds, "s", shape=work[0], context=work[1], chunk=chunk, **sizes, **place)
 
 
-def test_record_table_and_figure(tmp_path, capsys):
+def tbt(ms, work=QWEN, **where):
+    row = ttft(ms, work, **where) | {"name": TBT, "unit": "ms", "cache": "filled"}
+    return {key: cell for key, cell in row.items() if key != "chunk"}
+
+
+def numbers(rows, name, kind=H200):
+    """{mesh: (value, must, aim, against)}"""
+    found = [r for r in record.derived(rows, kind) if r["name"] == name]
+    return {
+        mn.MeshSpec(r["kvp"], r["spp"], r["tp"]): tuple(r.get(key) for key in ("value", "must", "aim", "against"))
+        for r in found
+    }
+
+
+def test_efficiency_is_against_the_best_of_the_fewest_devices():
+    rows = [ttft(400, spp=2), ttft(410, tp=2), ttft(395, spp=2, chunk=2040), ttft(200, spp=4), ttft(80, spp=2, tp=4)]
+    rows += [tbt(900, LLAMA_8B, spp=2), ttft(7, ("llama-3-8b", 131_072)), ttft(4, ("llama-3-8b", 131_072), spp=2)]
+    base, spp4, mixed = str(mn.MeshSpec(spp=2)), mn.MeshSpec(spp=4), mn.MeshSpec(spp=2, tp=4)
+    one, two = mn.MeshSpec(), mn.MeshSpec(spp=2)
+    assert numbers(rows, record.EFFICIENCY) == {
+        spp4: (0.9875, ">= 0.95", None, base), mixed: (1.234, None, None, base), two: (0.875, None, None, str(one)),
+    }  # fmt: skip
+    assert [bound for _, bound, _, _ in numbers(rows, record.EFFICIENCY, "cpu").values()] == [None] * 3
+    least = {str(mesh): (value, must) for mesh, (value, must, _, _) in numbers(rows, record.LEAST_TTFT).items()}
+    assert least[str(mixed)] == (80, "<= 62") and least[str(spp4)] == (200, None)
+    half = [ttft(160, ("llama-3-8b", 524_288)), ttft(82, ("llama-3-8b", 524_288), spp=2)]
+    assert numbers(half, record.EFFICIENCY) == {two: (0.9756, ">= 0.9", ">= 0.97", str(one))}
+
+
+def test_decodes_are_against_the_pipeline_of_the_fewest_stages():
+    rows = [tbt(30), tbt(17, kvp=2), tbt(9, kvp=4), tbt(33, spp=8), tbt(20, tp=2), tbt(9, QWEN, kvp=2, spp=2)]
+    one, two, four = str(ONE), mn.MeshSpec(kvp=2), mn.MeshSpec(kvp=4)
+    cut = numbers(rows, record.TIME_CUT)
+    assert cut[two] == (0.4333, ">= 0.4", ">= 0.45", one) and cut[four] == (0.7, ">= 0.68", None, one)
+    assert cut[mn.MeshSpec(tp=2)][0] == 0.3333 and len(cut) == 4
+    assert numbers(rows, record.PENALTY) == {mn.MeshSpec(spp=8): (0.1, "<= 0.1", None, one)}
+    assert numbers(rows, record.SPEED_UP)[two][0] == 1.765 and len(numbers(rows, record.SPEED_UP)) == 5
+    without_one = numbers([row for row in rows if row["mesh"] != one], record.TIME_CUT)
+    assert without_one[two][3] == str(mn.MeshSpec(spp=8))
+    assert not record.derived([tbt(17, kvp=2)], H200)
+    llama = ("llama-3.2-1b", 1_048_576)
+    assert numbers([tbt(15, llama), tbt(9, llama, kvp=2)], record.TIME_CUT)[two][1:3] == (">= 0.33", ">= 0.42")
+
+
+def made_up(kind=H200, **changes):
+    rows = [ttft(100), ttft(55, spp=2), ttft(60, tp=2), ttft(70, kvp=2), tbt(30), tbt(17, kvp=2), tbt(9, kvp=2, spp=2)]
+    made = {"device": {"kind": kind}, "versions": {"jax": "0"}, "command": "a", "absent": [{"by": "ours"}]}
+    return made | {"rows": rows + record.derived(rows, kind)} | changes
+
+
+def test_records_are_joined_and_placements_compared():
+    grown = [ttft(77, kvp=2, placement="grow"), tbt(17, kvp=2, placement="grow")]
+    made = record.joined([made_up(), made_up(command="b", rows=grown)])
+    assert made["commands"] == ["a", "b"] and len(made["absent"]) == 2
+    compared = {r["name"]: r["value"] for r in made["rows"] if r["name"] in record.GROWING.values()}
+    assert compared == {record.GROWING[TTFT]: 1.1, record.GROWING[TBT]: 1.0}
+    assert sum(r["name"] == record.EFFICIENCY for r in made["rows"]) == 3  # made anew, not taken over
+    assert record.joined([made, made_up()])["commands"] == ["a", "b", "a"]
+    with pytest.raises(ValueError, match="records of NVIDIA H200 and cpu"):
+        record.joined([made_up(), made_up("cpu")])
+
+
+def test_picture(run):
     pytest.importorskip("matplotlib")
-    args = ["--config_path", "configs/scaling.yaml", "--prompts", "[1000000]", "--chunks", "[4096,8192]"]
-    args += ["--ticks_s", "[0.25]", "--out", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png")]
-    assert scaling.main(args) == 0
-    config = command_line.read(ScalingConfig, args)
-    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
-    ttft_s = {r["devices"]: r["value"] for r in rows if r["name"] == "TTFT of SPP" and r["model"] == "llama-3-8b"}
-    assert list(ttft_s) == [8, 16, 32, 64, 128] and (np.diff(list(ttft_s.values())) < 0).all()
-    for r in rows:
-        if r["name"] in ("MFU of SPP", "efficiency of SPP"):
-            assert 0 < r["value"] <= 1.0
-    tbt = [r for r in rows if r["name"] == "TBT"]
-    assert len(tbt) == 2 * len(config.decode_stages) * len(config.groups) * len(config.contexts)
-    assert sum("paper" in r for r in rows) == 2 * 5 + 2 and (tmp_path / "x.png").stat().st_size > 20_000
-    text = capsys.readouterr().out
-    assert "llama-3-70b" in text and "(1.64)" in text and "(55.0)" in text and "tokens" in text
+    folder = run[2]
+    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
+    files = ["--join", f"[{folder / 'a.json'}]", "--plot", str(folder / "b.png"), "--out", str(folder / "b.json")]
+    assert scaling.main([*files, "--check"]) == 0
+    assert (folder / "b.png").read_bytes() == (folder / "a.png").read_bytes()
+    assert json.loads((folder / "b.json").read_text())["rows"] == run[1]["rows"]
+    left, _, _, right = scaling_figure.figure(made_up()).axes
+    labels = [line.get_label() for line in left.get_lines() if not line.get_label().startswith("_")]
+    assert labels == [f"{axis}, 1,048,576" for axis in ("spp", "kvp", "tp")]
+    kvp, cross, ideal = right.get_lines()
+    assert list(kvp.get_ydata()) == [30, 17] and list(ideal.get_ydata()) == [30, 15, 7.5]
+    assert list(cross.get_xdata()) == [4] and right.texts[0].get_text() == "kvp 2 x spp 2"
+
+
+# What is asked for.
+
+
+def test_there_is_a_layout_for_every_mesh_of_up_to_eight_devices():
+    sizes = (1, 2, 4, 8)
+    wanted = {mn.MeshSpec(*axes) for axes in itertools.product(sizes, repeat=3) if np.prod(axes) <= 8}
+    config = command_line.read(ScalingConfig, ["--config_path", "configs/scaling.yaml"])
+    meshes = config.meshes()
+    assert len(meshes) == len(wanted) == 20 and set(meshes) == wanted
+    assert [mesh.devices for mesh in meshes] == sorted(mesh.devices for mesh in meshes)
+    for file in Path("configs/layouts").glob("*.yaml"):
+        mesh = mn.from_yaml(scaling.Layout, file).mesh
+        words = [f"{axis}{getattr(mesh, axis)}" for axis in ("kvp", "spp", "tp") if getattr(mesh, axis) > 1]
+        assert file.stem == ("_".join(words) or "one")
+
+
+def test_a_tick_has_whole_tiles_of_rows_on_every_layout():
+    config = command_line.read(ScalingConfig, ["--config_path", "configs/scaling.yaml"])
+    rows = {}
+    for mesh in config.meshes():
+        serve = config.work_on(mesh, config.prefills, False).serve
+        rows[mesh.spp] = serve.chunk_tokens + serve.slots(mesh)
+        assert serve.slots(mesh) == 8 and rows[mesh.spp] % 128 == 0
+    assert rows == {1: 8192, 2: 4096, 4: 4096, 8: 2048}
+
+
+def test_what_is_refused_or_out_of_time_is_absent(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(clocks, "REST_S", 0)
+    args = ["--model", str(run[2] / "tiny.yaml"), "--seconds", "0", "--compare.prompt_tokens", "0"]
+    assert (
+        scaling.main([*TINY, *args, "--layouts", layout("one", "spp2", "spp4"), "--out", str(tmp_path / "a.json")]) == 0
+    )
+    made = json.loads((tmp_path / "a.json").read_text())
+    reasons = {left_out["mesh"]: left_out["reason"] for left_out in made["absent"] if left_out.get("context") is None}
+    refused = {str(mn.MeshSpec(spp=4)): "mesh.spp: got 4, must divide layers = 2"}
+    assert not made["rows"]
+    assert reasons == {str(mesh): "no time left" for mesh in (ONE, mn.MeshSpec(spp=2))} | refused
+
+
+def test_refuses(capsys):
+    for args, reason in (
+        (["--join", "[a.json]"], "join: got ['a.json'], needs --out FILE.json or --plot FILE.png"),
+        (["--chunks", "{2: 64}"], "chunks: got {2: 64}, must be positive, and say what one stage takes"),
+        (["--serve.shared_rows", "8"], "serve.private_rows: got 8, must be more than serve.shared_rows"),
+    ):
+        with pytest.raises(SystemExit):
+            scaling.main(args)
+        assert reason in capsys.readouterr().err, reason

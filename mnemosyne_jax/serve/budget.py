@@ -6,7 +6,9 @@ pipe, at the rows of the smallest program that holds each of them.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -41,33 +43,34 @@ class TickTime:
     cost: CostModel
     program_rows: ProgramRows
     page_tokens: int
-    _programs_s: dict[tuple[int, int] | None, float | None] = field(default_factory=dict, compare=False)
+    program_s: Callable[[int, int], float | None] = field(init=False, compare=False)
+    """All but attention, at the smallest program that holds so many shared and private tokens; None: there is none."""
 
-    def program_s(self, shared_tokens: int, private_tokens: int) -> float | None:
-        """All but attention, at the smallest program that holds such chunks; None if there is none."""
+    def __post_init__(self):
+        # Asked for many times a tick, of a few thousand pairs of numbers.
+        object.__setattr__(self, "program_s", functools.lru_cache(maxsize=4096)(self._program_s))
+
+    def _program_s(self, shared_tokens: int, private_tokens: int) -> float | None:
         rows = self.program_rows(shared_tokens, private_tokens)
-        if rows not in self._programs_s:  # of a few programs, asked for many times a tick
-            self._programs_s[rows] = None if rows is None else self.cost.program_s(*rows)
-        return self._programs_s[rows]
+        return None if rows is None else self.cost.program_s(*rows)
 
     def seconds(self, pipe: Collection[BatchLoad]) -> float | None:
         """Of a tick with these batches in the pipe; None if no program holds them."""
-        shared = max([load.shared_tokens for load in pipe])
-        private = max([max(load.private_tokens) for load in pipe])
-        program_s = self.program_s(shared, private)
-        return None if program_s is None else program_s + max([max(load.attention_s) for load in pipe])
+        shared_tokens, private_tokens, attention_s = zip(*pipe, strict=True)
+        program_s = self.program_s(max(shared_tokens), max(map(max, private_tokens)))
+        return None if program_s is None else program_s + max(map(max, attention_s))
 
     def with_decodes(self, load: BatchLoad, rows: Iterable[DecodeRow]) -> BatchLoad:
         """The load with these decode rows."""
         keys = [0] * len(load.attention_s)
-        for row in rows:
-            if row.group is not None:  # all of its keys are there
-                keys[row.group] += row.position + 1
+        for _, _, group, spans, position, _ in rows:
+            if group is not None:  # all of its keys are there
+                keys[group] += position + 1
             else:
-                for span in row.spans:
-                    keys[span.group] += span.local_tokens(row.position + 1, self.page_tokens)
-        attention_s = [s + self.cost.decode_s(k) for s, k in zip(load.attention_s, keys, strict=True)]
-        return BatchLoad(load.shared_tokens, load.private_tokens, tuple(attention_s))
+                for span in spans:
+                    keys[span.group] += span.local_tokens(position + 1, self.page_tokens)
+        attention_s = tuple(map(operator.add, load.attention_s, map(self.cost.decode_s, keys)))
+        return BatchLoad(load.shared_tokens, load.private_tokens, attention_s)
 
     def with_chunk(self, load: BatchLoad, spans: tuple[Span, ...], shared: bool, start: int, tokens: int) -> BatchLoad:
         """The load with `tokens` more of a prompt of which `start` are stored."""
@@ -106,44 +109,65 @@ class TickBudget:
         self._take(self._time.with_chunk(self.load, sequence.spans, shared, sequence.prompt_scheduled, tokens))
 
     def full(self, budget_s: float) -> bool:
-        """Whether no chunk of any prompt, in any group or in all, keeps `budget_s`."""
-        return all(self._least(group) > budget_s for group in (*range(len(self.load.attention_s)), None))
+        """Whether it is certain that no chunk of any prompt, in one group or in all, keeps `budget_s`."""
+        for group in range(len(self.load.attention_s)):
+            if self._least(group) <= budget_s:
+                return False
+        return self._least(None) > budget_s
 
     def _least(self, group: int | None) -> float:
         """Seconds of the tick with one token more in `group` (None: in all), and no more attention than now."""
         if group not in self._least_s:
-            program_s = self._program_s(group, 1)
+            shared, private = self.load.shared_tokens + (group is None), self._private
+            if group is not None:
+                private = max(private, self.load.private_tokens[group] + 1)
+            program_s = self._time.program_s(max(self._shared, shared), private)
             self._least_s[group] = math.inf if program_s is None else program_s + self._attention_s
         return self._least_s[group]
-
-    def _program_s(self, group: int | None, tokens: int) -> float | None:
-        """All but attention, with `tokens` more."""
-        if group is None:
-            return self._time.program_s(max(self._shared, self.load.shared_tokens + tokens), self._private)
-        return self._time.program_s(self._shared, max(self._private, self.load.private_tokens[group] + tokens))
 
     def largest_chunk(self, sequence: Sequence, room_tokens: int, budget_s: float, step: int = STEP) -> int:
         """The largest next chunk of a prompt with which the tick is predicted to keep `budget_s`; 0 for none."""
         group = sequence.group
         if self._least(group) > budget_s:  # what is larger takes no less: most prompts that find no time end here
             return 0
-        load, start, page_tokens, chunk_s = (
-            self.load, sequence.prompt_scheduled, self._time.page_tokens, self._time.cost.chunk_s,
-        )  # fmt: skip
-        # What the search does not change is looked up once: (seconds so far, span, keys before) of each group.
-        held = [(load.attention_s[s.group], s, s.local_tokens(start, page_tokens)) for s in sequence.spans]
+        fits = self._fits_all(sequence, budget_s) if group is None else self._fits_one(sequence, group, budget_s)
+        left = len(sequence.request.prompt) - sequence.prompt_scheduled
+        return largest_fitting(left, room_tokens, fits, step) if fits(min(left, room_tokens, step)) else 0
+
+    # What a search does not change is looked up once, before it begins.
+
+    def _fits_one(self, sequence: Sequence, group: int, budget_s: float) -> Callable[[int], bool]:
+        """Whether a chunk of a prompt keeps the budget that has all of its keys in one group."""
+        before, taken, so_far_s = (
+            sequence.prompt_scheduled,
+            self.load.private_tokens[group],
+            self.load.attention_s[group],
+        )
+        shared, private, attention_s = self._shared, self._private, self._attention_s
+        program_s_of, chunk_s = self._time.program_s, self._time.cost.chunk_s
 
         def fits(tokens: int) -> bool:
-            program_s = self._program_s(group, tokens)
+            area = taken + tokens
+            program_s = program_s_of(shared, area if area > private else private)
+            if program_s is None or program_s + attention_s > budget_s:
+                return False
+            return program_s + so_far_s + chunk_s(tokens, before, tokens) <= budget_s
+
+        return fits
+
+    def _fits_all(self, sequence: Sequence, budget_s: float) -> Callable[[int], bool]:
+        """Whether a chunk of a prompt of all groups keeps the budget, in each of them."""
+        start, page_tokens, chunk_s = sequence.prompt_scheduled, self._time.page_tokens, self._time.cost.chunk_s
+        held = [(self.load.attention_s[s.group], s, s.local_tokens(start, page_tokens)) for s in sequence.spans]
+
+        def fits(tokens: int) -> bool:
+            program_s = self._time.program_s(max(self._shared, self.load.shared_tokens + tokens), self._private)
             if program_s is None or program_s + self._attention_s > budget_s:
                 return False
-            if group is not None:  # all of a private prompt's keys are in its group
-                return program_s + held[0][0] + chunk_s(tokens, held[0][2], tokens) <= budget_s
             return all(
                 program_s + so_far_s + chunk_s(tokens, before, span.local_tokens(start + tokens, page_tokens) - before)
                 <= budget_s
                 for so_far_s, span, before in held
             )
 
-        left = len(sequence.request.prompt) - start
-        return largest_fitting(left, room_tokens, fits, step) if fits(min(left, room_tokens, step)) else 0
+        return fits

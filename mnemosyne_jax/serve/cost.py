@@ -91,11 +91,8 @@ class CostModel:
         # A tile that is not full of queries costs as much as a full one: products as if there were `chunk_rows` more.
         filled = rows / (rows + self.hardware.chunk_rows)
         compute_s = products / (self._attention_flops_per_s * filled)
-        return self.layers * self.maximum(compute_s, self._read_s(keys_before + own))
+        return self.layers * self.maximum(compute_s, (keys_before + own) * self._key_bytes / self._key_bytes_per_s)
 
     def decode_s(self, keys: Number) -> Number:
         """Attention of decode rows in a stage: `keys` held here of all of them together."""
-        return self.layers * self._read_s(keys)
-
-    def _read_s(self, keys: Number) -> Number:
-        return keys * self._key_bytes / self._key_bytes_per_s
+        return self.layers * (keys * self._key_bytes / self._key_bytes_per_s)

@@ -20,8 +20,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mnemosyne_jax.serve.request import Sequence
 
 type Number = Any  # a float, or an array of them
@@ -52,7 +50,7 @@ def prefill_times(chunk_of: Callable[[int], int], tick_s: Callable[[int, int], f
     Chunks change slowly: where a prompt is long, each step of the table stands for many chunks of one size.
     """
     lengths, seconds = [0], [0.0]
-    while lengths[-1] < longest:
+    while lengths[-1] < max(longest, 1):  # a line needs two points
         done = lengths[-1]
         chunk = chunk_of(done)
         chunks = max(1, done // (64 * chunk))
@@ -81,9 +79,19 @@ def relative_slack(sequence: Sequence, now_s: float) -> float:
 
 def priority(policy: str, sequence: Sequence, now_s: float, demote_late: bool = False) -> float:
     """The key of a policy: the smallest goes first, ties by arrival."""
-    arrival_s, due_s, left_s = sequence.timeline.arrival_s, sequence.due_s, sequence.left_s
-    first = key(policy, now_s, arrival_s, due_s, left_s, sequence.work_s, max)
-    return first + DEMOTED * demoted(now_s, arrival_s, due_s, left_s) if demote_late else first
+    return priority_at(policy, now_s, demote_late)(sequence)
+
+
+def priority_at(policy: str, now_s: float, demote_late: bool = False) -> Callable[[Sequence], float]:
+    """`priority` at one time, for the many that are sorted by it at every tick."""
+    key = key_of(policy)
+
+    def at_now(sequence: Sequence) -> float:
+        arrival_s, due_s, left_s, work_s = sequence.timeline.arrival_s, sequence.due_s, sequence.left_s, sequence.work_s
+        first = key(now_s, arrival_s, due_s, left_s, work_s if work_s > LEAST_WORK_S else LEAST_WORK_S)
+        return first + DEMOTED if demote_late and demoted(now_s, arrival_s, due_s, left_s) else first
+
+    return at_now
 
 
 def demoted(now_s: float, arrival_s: Number, due_s: Number, left_s: Number) -> Number:
@@ -92,23 +100,19 @@ def demoted(now_s: float, arrival_s: Number, due_s: Number, left_s: Number) -> N
     return late & (now_s - arrival_s <= DEMOTED_DEADLINES * (due_s - arrival_s))
 
 
-def key(
-    policy: str,
-    now_s: float,
-    arrival_s: Number,
-    due_s: Number,
-    left_s: Number,
-    work_s: Number,
-    maximum: Callable[[Number, Number], Number] = np.maximum,
-) -> Number:
-    """`priority` from arrays of arrivals, deadlines, work left and work in all; of numbers, with their `maximum`."""
-    match policy:
-        case "fcfs" | "fcfs_exclusive":
-            return arrival_s
-        case "edf":
-            return due_s
-        case "srpt":
-            return left_s
-        case "lars":
-            return (due_s - now_s - left_s) / maximum(work_s, LEAST_WORK_S)
-    raise ValueError(f"no such policy: {policy}")
+Key = Callable[[float, Number, Number, Number, Number], Number]
+"""(now, arrival, deadline, work left, work in all but at least LEAST_WORK_S) -> what goes first is smallest."""
+KEYS: dict[str, Key] = {
+    "fcfs": lambda now_s, arrival_s, due_s, left_s, unit_s: arrival_s,
+    "fcfs_exclusive": lambda now_s, arrival_s, due_s, left_s, unit_s: arrival_s,
+    "edf": lambda now_s, arrival_s, due_s, left_s, unit_s: due_s,
+    "srpt": lambda now_s, arrival_s, due_s, left_s, unit_s: left_s,
+    "lars": lambda now_s, arrival_s, due_s, left_s, unit_s: (due_s - now_s - left_s) / unit_s,
+}
+
+
+def key_of(policy: str) -> Key:
+    """The key of a policy, of numbers or of arrays of them."""
+    if policy not in KEYS:
+        raise ValueError(f"no such policy: {policy}")
+    return KEYS[policy]

@@ -16,15 +16,23 @@ class ChunkRoom:
 
     def __init__(self, serve: ServeConfig, groups: int, fits: Callable[[int, int], bool]):
         self._serve, self._groups, self._fits = serve, range(groups), fits
-        self._largest_first = serve.buckets[::-1]
-        self._rows: dict[int | None, int] = {None: 0} | dict.fromkeys(self._groups, 0)
-        self._tokens = dict(self._rows)
-        self._left: dict[int | None, int] = {}  # as found since the last chunk was taken
+        self._buckets = serve.buckets
+        self.clear()
+
+    def clear(self) -> None:
+        """Begins another tick."""
+        self._rows: dict[int | None, int] = dict.fromkeys((None, *self._groups), 0)
+        self._tokens = self._rows.copy()
+        self._left: dict[int | None, int] = {}  # `tokens_for` a sequence of each group, as far as it is known
 
     def take(self, sequence: Sequence, tokens: int) -> None:
         self._rows[sequence.group] += 1
         self._tokens[sequence.group] += tokens
-        self._left.clear()
+        if sequence.group is None:
+            self._left.clear()
+        else:  # other groups have as much room as before
+            self._left.pop(sequence.group, None)
+            self._left.pop(None, None)
 
     def yielding(self, sequence: Sequence, tokens: int, share: float, step: int) -> int:
         """Of a chunk what lies in its share of the smallest bucket that holds it, in multiples of `step`.
@@ -34,7 +42,7 @@ class ChunkRoom:
         if share == 1:
             return tokens
         taken = self._tokens[sequence.group]
-        bucket = next((b for b in self._largest_first[::-1] if b >= taken + tokens), 0)
+        bucket = next((b for b in self._buckets if b >= taken + tokens), 0)
         return min(tokens, max((int(share * bucket) - taken) // step * step, step))
 
     def tokens_for(self, sequence: Sequence) -> int:
@@ -48,10 +56,10 @@ class ChunkRoom:
         serve, taken = self._serve, self._tokens
         if self._rows[group] == (serve.shared_chunks if group is None else serve.private_chunks):
             return 0
-        shared = taken[None]
+        shared, largest_first = taken[None], reversed(self._buckets)
         if group is None:
             private = max(taken[g] for g in self._groups)
-            largest = next((b for b in self._largest_first if self._fits(b, private)), 0)
+            largest = next((b for b in largest_first if self._fits(b, private)), 0)
             return max(0, min(serve.chunk_tokens - private, largest) - shared)
-        largest = next((b for b in self._largest_first if self._fits(shared, b)), 0)
+        largest = next((b for b in largest_first if self._fits(shared, b)), 0)
         return max(0, min(serve.chunk_tokens - shared, largest) - taken[group])

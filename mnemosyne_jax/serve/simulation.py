@@ -6,6 +6,7 @@ do. It takes a CostModel of its own, so that a scheduler is judged by another's 
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,8 +79,8 @@ class SimExecutor:
 
     def step(self, batch: Batch) -> StepResult | None:
         load = batch_load(self._time, self._groups, batch)
-        done_s = zip(self._pipe[0][2], _work_s(self._time, load), strict=True)
-        self._pipe.appendleft((batch, load, tuple([before_s + own_s for before_s, own_s in done_s])))
+        work_s = map(operator.add, self._pipe[0][2], _work_s(self._time, load))
+        self._pipe.appendleft((batch, load, tuple(work_s)))
         last, end_s = self._run_tick() if self._lock_step else self._run_batch()
         self._unread.append(StepResult(last, (0,) * len(last.decodes), (0,) * len(last.chunks), {}, end_s))
         if len(self._unread) <= (self._ahead if self._lock_step else self.depth):
@@ -89,10 +90,7 @@ class SimExecutor:
         return result
 
     def _run_tick(self) -> tuple[Batch, float]:
-        """Each stage runs the batch that it holds, for as long as the slowest takes; what left the last one, and when.
-
-        What leaves is the oldest batch.
-        """
+        """Each stage runs the batch that it holds, for as long as the slowest takes: what then leaves, and when."""
         seconds = self._seconds([load for _, load, _ in self._pipe])
         begin_s, self._now_s = self._now_s, self._now_s + seconds
         self.ticks_s.append(seconds)

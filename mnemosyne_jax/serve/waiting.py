@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mnemosyne_jax.serve.policy import DEMOTED, demoted, key
+from mnemosyne_jax.serve.policy import DEMOTED, LEAST_WORK_S, demoted, key_of
 from mnemosyne_jax.serve.request import Sequence
 
 FEW = 32  # are looked at in most ticks, of all that wait
@@ -49,7 +49,8 @@ class WaitingQueue:
             return
         # Whoever is admitted on the way is removed: the order is that of before.
         arrival_s, due_s, work_s = self._facts[:, : len(self._sequences)].copy()
-        keys = key(self._policy, now_s, arrival_s, due_s, work_s, work_s)  # nothing is done: all work is left
+        # Nothing is done: all work is left.
+        keys = key_of(self._policy)(now_s, arrival_s, due_s, work_s, np.maximum(work_s, LEAST_WORK_S))
         patient = (due_s - now_s - work_s > 0) & (not self._policy.startswith("fcfs"))
         if self._demote_late:
             behind = demoted(now_s, arrival_s, due_s, work_s)
