@@ -20,6 +20,7 @@ class Places:
         self.free_slots: dict[int | None, list[int]] = {None: list(range(shared))}
         self.free_slots |= {g: list(range(shared, serve.slots(mesh))) for g in range(mesh.kvp)}
         self.quarantined_slots: deque[tuple[int, int | None, int]] = deque()
+        self._roomiest = pool_pages  # pages that are free in the group with most of them, of those with a private slot
 
     @property
     def any_slot_free(self) -> bool:
@@ -35,9 +36,9 @@ class Places:
         pages = -(-tokens // self._serve.page_tokens)
         fits_one = tokens <= self._serve.span_tokens and pages <= self.pools[0].size
         if self._groups == 1 or fits_one:
-            ready = [g for g in range(self._groups) if self.free_slots[g] and self.pools[g].free >= pages]
-            if not ready:
+            if pages > self._roomiest:  # most that are tried, where there are too few
                 return False
+            ready = [g for g in range(self._groups) if self.free_slots[g] and self.pools[g].free >= pages]
             sequence.group = ready[0] if len(ready) == 1 else self._idlest(ready, running)
             held = [(sequence.group, *private_layout(pages)[0])]
         else:
@@ -47,7 +48,11 @@ class Places:
             sequence.group = None
         sequence.slot = self.free_slots[sequence.group].pop(0)
         sequence.spans = tuple(Span(g, start, stride, self.pools[g].grant(count)) for g, start, stride, count in held)
+        self._see_room()
         return True
+
+    def _see_room(self) -> None:
+        self._roomiest = max((self.pools[g].free for g in range(self._groups) if self.free_slots[g]), default=-1)
 
     def _idlest(self, ready: list[int], running: Iterable[Sequence]) -> int:
         pending = [0] * self._groups
@@ -77,3 +82,4 @@ class Places:
         while self.quarantined_slots and self.quarantined_slots[0][0] <= done_tick:
             _, group, slot = self.quarantined_slots.popleft()
             self.free_slots[group].append(slot)
+        self._see_room()

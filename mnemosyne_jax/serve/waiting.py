@@ -18,8 +18,9 @@ class WaitingQueue:
     def __init__(self, policy: str | None, demote_late: bool = False):
         self._policy, self._demote_late = policy, demote_late
         self._sequences: list[Sequence] = []
-        # Arrival, deadline and work of each, in seconds; the table grows by doubling, and keeps the order of the list.
-        self._facts = np.zeros((3, 16))
+        # Arrival, deadline, work and unit of slack of each, in seconds; the table grows by doubling, and keeps the order
+        # of the list.
+        self._facts = np.zeros((4, 16))
         self.tokens = 0  # of all prompts
 
     def __len__(self) -> int:
@@ -29,7 +30,8 @@ class WaitingQueue:
         count = len(self._sequences)
         if count == self._facts.shape[1]:
             self._facts = np.concatenate([self._facts, np.zeros_like(self._facts)], axis=1)
-        self._facts[:, count] = sequence.timeline.arrival_s, sequence.due_s, sequence.work_s
+        work_s = sequence.work_s
+        self._facts[:, count] = sequence.timeline.arrival_s, sequence.due_s, work_s, max(work_s, LEAST_WORK_S)
         self._sequences.append(sequence)
         self.tokens += len(sequence.request.prompt)
 
@@ -47,13 +49,14 @@ class WaitingQueue:
         if self._policy is None or not self._sequences:
             yield from ((sequence, False) for sequence in list(self._sequences))
             return
-        # Whoever is admitted on the way is removed: the order is that of before.
-        arrival_s, due_s, work_s = self._facts[:, : len(self._sequences)].copy()
-        # Nothing is done: all work is left.
-        keys = key_of(self._policy)(now_s, arrival_s, due_s, work_s, np.maximum(work_s, LEAST_WORK_S))
-        patient = (due_s - now_s - work_s > 0) & (not self._policy.startswith("fcfs"))
+        # Nothing is done: all work is left. Whoever is admitted on the way is removed: the order is that of before.
+        arrival_s, due_s, left_s, unit_s = self._facts[:, : len(self._sequences)].copy()
+        keys = key_of(self._policy)(now_s, arrival_s, due_s, left_s, unit_s)
+        patient = due_s - now_s - left_s > 0
+        if self._policy.startswith("fcfs"):
+            patient[:] = False
         if self._demote_late:
-            behind = demoted(now_s, arrival_s, due_s, work_s)
+            behind = demoted(now_s, arrival_s, due_s, left_s)
             keys, patient = keys + DEMOTED * behind, patient | behind
         snapshot = list(self._sequences)
         for at in _ascending(keys):
@@ -63,10 +66,10 @@ class WaitingQueue:
 def _ascending(keys: np.ndarray) -> Iterator[int]:
     """The positions of keys in ascending order, ties as they stand; the first few without sorting them all."""
     if len(keys) <= FEW:
-        yield from np.argsort(keys, kind="stable").tolist()
+        yield from keys.argsort(kind="stable").tolist()
         return
-    yield int(np.argmin(keys))  # often the only one asked for
+    yield int(keys.argmin())  # often the only one asked for
     few = keys <= np.partition(keys, FEW)[FEW]
     for some, begin in ((few, 1), (~few, 0)):
-        at = np.flatnonzero(some)
-        yield from at[np.argsort(keys[at], kind="stable")][begin:].tolist()
+        (at,) = some.nonzero()
+        yield from at[keys[at].argsort(kind="stable")][begin:].tolist()
