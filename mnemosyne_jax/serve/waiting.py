@@ -18,8 +18,8 @@ class WaitingQueue:
     def __init__(self, policy: str | None, demote_late: bool = False):
         self._policy, self._demote_late = policy, demote_late
         self._sequences: list[Sequence] = []
-        # Arrival, deadline, work and unit of slack of each, in seconds; the table grows by doubling, and keeps the order
-        # of the list.
+        # In seconds, of each: arrival, deadline, work, and work but at least LEAST_WORK_S. The table grows by doubling,
+        # and keeps the order of the list.
         self._facts = np.zeros((4, 16))
         self.tokens = 0  # of all prompts
 
