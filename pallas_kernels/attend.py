@@ -5,25 +5,12 @@ it folded in, and a run of pages. One warpgroup feeds pages through a ring of sh
 from the page table; the others, 64 query rows each, run the online softmax, each while the tensor core works for
 another. What comes out of an item is a partial in float32 with its log-sum-exp; `merge` joins the partials of a tile.
 
-What was tried on an H100 (jax 0.11.2, ptxas 13.0; 32 query and 8 kv heads, bf16, 1M keys, TFLOP/s of this kernel alone
-by CUPTI over three calls after a pause, where a matrix product of 8192 reached 788):
-
-| head dim 128, chunk of                                            | 128 | 512 | 2048 | 8192 |
-| as it is                                                          | 640 | 649 |  630 |  630 |
-| 16 waves of items in place of 32                                  |     |     |  624 |  625 |
-| two heads at a time, four                                         |     |     | 635, 624 | 619, - |
-| all heads at a time, 2 waves of items, with turns                 |     |     |  549 |  504 |
-| turns at the tensor core, kept by barriers                        | 625 | 586 |  599 |  608 |
-| 240 registers and 24 in place of 232 and 40                       |     | 636 |  629 |      |
-| p @ v awaited before q @ k is issued, with turns                  | 632 | 595 |  540 |  488 |
-| q @ k issued before p @ v, the softmax beside p @ v               | 584 | 548 |  512 |  474 |
-
-The last would be FlashAttention 3's order; here ptxas puts a wait between the two (C7513), as p is put into its
-registers after the first is issued. Head dim 64, chunk 512: 192 rows in a tile 514, with turns 491, 128 rows 446.
+What was tried on an H100, and how fast it was, is in TRIED.md.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from math import e, gcd, log2
 from typing import Any
@@ -57,7 +44,8 @@ def partials(
     """
     K, rows_in, H = q_NKMH.shape[1:]
     B = kv_LP2KBH.shape[4]
-    tiling = work.tiling
+    # The interpreter of a CPU knows no clusters: there one CTA takes a whole tile.
+    tiling = dataclasses.replace(work.tiling, ctas=1) if interpret else work.tiling
     items, groups = work.items_IW.shape[0], tiling.warpgroups
     dtype, together = kv_LP2KBH.dtype, gcd(K, tiling.heads_together or K)
     kv_XBH = kv_LP2KBH.reshape(-1, B, H)
@@ -82,7 +70,12 @@ def partials(
     kept = rows_in if few else tiling.rows
     scratch = dict(out_smem=shared((64, H), jnp.float32)) if few else {}
     landed = plgpu.Barrier(num_barriers=tiling.stages)
-    consumed = plgpu.Barrier(num_arrivals=groups, num_barriers=tiling.stages)
+    arrivals: Any = dict(num_arrivals=groups, num_barriers=tiling.stages)
+    if tiling.ctas == 1:
+        cluster, consumed = {}, plgpu.Barrier(**arrivals)
+    else:  # a page is overwritten in all CTAs at once, when none needs it any more
+        cluster = dict(cluster=(tiling.ctas,), cluster_names=("part",))
+        consumed = plgpu.ClusterBarrier(collective_axes=("part",), **arrivals)
     return plgpu.kernel(
         body,
         out_type=(
@@ -91,6 +84,7 @@ def partials(
         ),
         grid=(K // together, items, together),
         grid_names=("turn", "item", "head"),
+        **cluster,
         kernel_name="attend_items",
         num_threads=groups + 1,
         thread_name="warpgroup",
@@ -144,20 +138,28 @@ def _attend_item(
     groups, stages = tiling.warpgroups, tiling.stages
     warpgroup, index = lax.axis_index("warpgroup"), lax.axis_index("item")
     head = lax.axis_index("turn") * heads_together + lax.axis_index("head")
+    part: Any = lax.axis_index("part") if tiling.ctas > 1 else 0
+    to_all: Any = dict(collective_axes="part") if tiling.ctas > 1 else {}  # each CTA fetches a part, for all
     item = Item(*(items_ref[index, w] for w in range(len(Item._fields))))
     pages = item.end_page - item.begin_page
 
     @pl.when((pages > 0) & (warpgroup == groups))
     def _feed():
-        if groups > 1:
+        if groups in REGISTERS:
             plgpu.set_max_registers(REGISTERS[groups][1], action="decrease")
-        for g in range(groups):
-            if rows_in <= 64 * g:  # tiles of one query each leave warpgroups without any
-                plgpu.barrier_arrive(q_landed.at[g])
-                continue
-            rows = min(64, rows_in - 64 * g)
-            source = q_ref.at[item.tile, head, pl.ds(64 * g, rows)]
-            plgpu.copy_gmem_to_smem(source, q_smem.at[g, pl.ds(0, rows)], q_landed.at[g])
+
+        def feed_queries(first_row: int):
+            for g in range(groups):
+                first = first_row + 64 * g
+                if rows_in <= first:  # tiles of one query each leave warpgroups without any
+                    plgpu.barrier_arrive(q_landed.at[g])
+                    continue
+                rows = min(64, rows_in - first)
+                source = q_ref.at[item.tile, head, pl.ds(first, rows)]
+                plgpu.copy_gmem_to_smem(source, q_smem.at[g, pl.ds(0, rows)], q_landed.at[g])
+
+        for c in range(tiling.ctas):
+            pl.when(part == c)(functools.partial(feed_queries, 64 * groups * c))
 
         def await_free(i, consumed):
             pl.when(i >= stages)(lambda: plgpu.barrier_wait(consumed.at[lax.rem(i, jnp.int32(stages))]))
@@ -168,9 +170,9 @@ def _attend_item(
             keys = ((layer_ref[0] * P + page) * 2) * K + head
             stage = lax.rem(i, jnp.int32(stages))
             await_free(i, k_consumed)
-            plgpu.copy_gmem_to_smem(kv_ref.at[keys], k_smem.at[stage], k_landed.at[stage])
+            plgpu.copy_gmem_to_smem(kv_ref.at[keys], k_smem.at[stage], k_landed.at[stage], **to_all)
             await_free(i, v_consumed)
-            plgpu.copy_gmem_to_smem(kv_ref.at[keys + K], v_smem.at[stage], v_landed.at[stage])
+            plgpu.copy_gmem_to_smem(kv_ref.at[keys + K], v_smem.at[stage], v_landed.at[stage], **to_all)
             return next_page
 
         def drain(i, _):  # every arrival at a barrier is waited for
@@ -182,9 +184,9 @@ def _attend_item(
 
     @pl.when((pages > 0) & (warpgroup < groups))
     def _attend():
-        if groups > 1:
+        if groups in REGISTERS:
             plgpu.set_max_registers(REGISTERS[groups][0], action="increase")
-        row_slice = pl.ds(64 * warpgroup, 64)
+        row_slice = pl.ds(64 * (groups * part + warpgroup), 64)
         positions = tc.load(positions_ref.at[item.tile, row_slice], tc.ROWS, interpret)
         column = tc.iota((64, B), 1, interpret)
         scale = H**-0.5 * log2(e)

@@ -20,14 +20,15 @@ DECODE = Tiling(rows=64, stages=2, waves=2, least_pages=2)
 
 
 def prefill_tiling(tokens: int, heads_per_kv: int, kv_heads: int, head_dim: int) -> Tiling:
-    """How a chunk of so many tokens is cut. Chosen by measurement on an H100; what lost is listed in `attend`."""
+    """How a chunk of so many tokens is cut. Chosen by measurement on an H100; what lost is in TRIED.md."""
     rows = tokens * heads_per_kv
     if rows <= 64:
         return DECODE
     tile = 192 if head_dim == 64 and rows >= 512 else 128
     if rows * kv_heads < 2 * SMS * tile:
         return Tiling(rows=tile, stages=2, waves=2, least_pages=4)
-    return Tiling(rows=tile, stages=2, waves=32, least_pages=16, heads_together=1)
+    pair: dict[str, int] = dict(rows=256, ctas=2) if head_dim == 128 else dict(rows=tile)
+    return Tiling(**pair, stages=2, waves=32, least_pages=16, heads_together=1)
 
 
 def unsupported(head_dim: int, heads_per_kv: int, page_tokens: int, dtype: Any) -> str | None:

@@ -23,8 +23,9 @@ SMS = 132  # of an H100 SXM or an H200
 class Tiling:
     """How a kernel cuts its work. `rows` of queries (tokens x heads of one kv head) make a tile, 64 a warpgroup.
 
-    `stages` pages of keys and values are in flight; `waves` items for each SM are aimed at, none below `least_pages`.
-    CTAs of `heads_together` kv heads (all if None) run side by side, item by item, before the next heads' turn.
+    `stages` pages of keys and values are in flight; `waves` CTAs for each SM are aimed at, no item below `least_pages`.
+    CTAs of `heads_together` kv heads (all if None) run side by side, item by item, before the next heads' turn. A tile
+    is shared by the `ctas` of a cluster, each of which reads a part of every page for all.
     """
 
     rows: int
@@ -32,10 +33,12 @@ class Tiling:
     waves: int
     least_pages: int
     heads_together: int | None = None
+    ctas: int = 1
 
     @property
     def warpgroups(self) -> int:
-        return self.rows // 64
+        """Those of a CTA that attend."""
+        return self.rows // 64 // self.ctas
 
 
 class Item(NamedTuple):
@@ -110,7 +113,7 @@ def work_list(
     pages_N = jnp.clip(jnp.minimum(reach_N, -(-kv_len_N // B)), 0)
     whole_N = jnp.minimum(((lowest_N + 1) // B - 1 - start_N) // stride_N + 1, kv_len_N // B)
 
-    aimed_at = max(1, tiling.waves * SMS // kv_heads)
+    aimed_at = max(1, tiling.waves * SMS // (kv_heads * tiling.ctas))
     longest = jnp.maximum(-(-pages_N.sum() // aimed_at), tiling.least_pages)
     partials_N = -(-pages_N // longest)
     partials_seen_N = jnp.cumsum(partials_N)

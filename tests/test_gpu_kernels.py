@@ -324,7 +324,7 @@ def test_mean_of_integers_is_exact(model):
         case.cu_R1[1:] = len(counts)
         pages = -(-len(counts) // (tiling.rows // G)) * counts[-1] // B
     longest = tiling.least_pages  # of an item, as there are few pages: what the next line makes sure of
-    assert pages <= longest * (tiling.waves * SMS // K) and longest & (longest - 1) == 0
+    assert pages <= longest * (tiling.waves * SMS // (K * tiling.ctas)) and longest & (longest - 1) == 0
     out, lse = (x[: len(counts)] for x in case.run())
     want_TKH = np.stack([values_SKH[:n].mean(0, dtype=np.float64) for n in counts])
     np.testing.assert_array_equal(out, np.repeat(want_TKH, G, axis=1))
@@ -356,6 +356,7 @@ def test_no_cut_changes_the_result():
         Tiling(rows=128, stages=4, waves=4, least_pages=2),
         Tiling(rows=192, stages=3, waves=16, least_pages=1),
         Tiling(rows=128, stages=2, waves=16, least_pages=1, heads_together=1),
+        Tiling(rows=256, stages=2, waves=16, least_pages=1, heads_together=1, ctas=2),
     ):
         results.append(run_tiled(case, tiling))
         check(f"{tiling}", results[-1], want, model.dtype)

@@ -139,23 +139,23 @@ def check(got, case: Case):
     assert (got[0][blind] == 0).all() and (got[1][blind] == np.float32(MASKED)).all()
 
 
-# Each shape that ships, by (rows, stages, heads together, head dim): (dtype, kv heads, query heads for each, queries of
+# Each shape that ships, by (rows, stages, heads together, CTAs, head dim): (dtype, kv heads, query heads for each, queries of
 # the longest row: they fill two tiles, all warpgroups or neither; waves that cut its five pages in two or three).
 SHAPES = {
-    (64, 2, None, 64): ("bfloat16", 1, 4, 18, 2),
-    (64, 2, None, 128): ("float16", 2, 1, 5, 2),
-    (128, 2, None, 64): ("float16", 1, 3, 24, 1),
-    (128, 2, None, 128): ("bfloat16", 1, 4, 18, 2),
-    (128, 2, 1, 128): ("bfloat16", 2, 2, 5, 2),
-    (192, 2, None, 64): ("bfloat16", 1, 4, 34, 1),
-    (192, 2, 1, 64): ("float16", 2, 1, 5, 2),
+    (64, 2, None, 1, 64): ("bfloat16", 1, 4, 18, 2),
+    (64, 2, None, 1, 128): ("float16", 2, 1, 5, 2),
+    (128, 2, None, 1, 64): ("float16", 1, 3, 24, 1),
+    (128, 2, None, 1, 128): ("bfloat16", 1, 4, 18, 2),
+    (256, 2, 1, 2, 128): ("bfloat16", 2, 2, 5, 2),
+    (192, 2, None, 1, 64): ("bfloat16", 1, 4, 34, 1),
+    (192, 2, 1, 1, 64): ("float16", 2, 1, 5, 2),
 }
 
 
 def attend_shape(shape, case: Case) -> tuple[np.ndarray, ...]:
-    rows, stages, heads_together, _ = shape
+    rows, stages, heads_together, ctas, _ = shape
     *_, waves = SHAPES[shape]
-    return call(attend_tiled, case, tiling=Tiling(rows, stages, waves, 1, heads_together))
+    return call(attend_tiled, case, tiling=Tiling(rows, stages, waves, 1, heads_together, ctas))
 
 
 @functools.cache
@@ -204,7 +204,7 @@ def test_one_query_a_row(f):
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_nan_reaches_those_who_see_it_and_no_other_row(side):
     """A NaN in one number of a key, or of a value, that some queries see among others and one sees alone."""
-    shape, kv_head, column = (64, 2, None, 128), 1, 5
+    shape, kv_head, column = (64, 2, None, 1, 128), 1, 5
     case, clean = prefill_case(shape)
     kv, sees_T = case.kv_LP2KBH, np.zeros(len(case.positions_T), bool)
     for row, key in ((0, 510), (3, 0)):
@@ -304,7 +304,7 @@ def shipped() -> list[tuple[Tiling, int, int, int, int]]:
 
 
 def test_every_shape_that_ships_is_interpreted():
-    assert set(SHAPES) == {(x.rows, x.stages, x.heads_together, H) for x, *_, H in shipped()}
+    assert set(SHAPES) == {(x.rows, x.stages, x.heads_together, x.ctas, H) for x, *_, H in shipped()}
 
 
 def ops(op):
@@ -326,7 +326,7 @@ def words(*shape):
 
 
 def lower_attention(f, tokens, G, K, H, dtype, R, **ragged):
-    cache = (LAYERS, 67, 2, K, B, H)  # as large as nothing else
+    cache = (LAYERS, 71, 2, K, B, H)  # as large as nothing else
     rows = {name: words(R) for name in ("slots_R", "kv_lens_R", "key_start_R", "key_stride_R")}
     q, kv = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((tokens, K * G, H), cache))
     text, found = lower(f, q, kv, words(), words(R, 64), **ragged, **rows)

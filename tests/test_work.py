@@ -26,7 +26,7 @@ class Cut(NamedTuple):
 
     def longest(self, pages: int) -> int:
         """The length of an item when the tiles see so many pages together, in Python's unbounded integers."""
-        aimed_at = max(1, self.tiling.waves * SMS // self.kv_heads)
+        aimed_at = max(1, self.tiling.waves * SMS // (self.kv_heads * self.tiling.ctas))
         return max(self.tiling.least_pages, -(-pages // aimed_at))
 
 
