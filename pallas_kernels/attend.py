@@ -71,9 +71,9 @@ def partials(
     scratch = dict(out_smem=shared((64, H), jnp.float32)) if few else {}
     landed = plgpu.Barrier(num_barriers=tiling.stages)
     arrivals: Any = dict(num_arrivals=groups, num_barriers=tiling.stages)
-    if tiling.ctas == 1:
-        cluster, consumed = {}, plgpu.Barrier(**arrivals)
-    else:  # a page is overwritten in all CTAs at once, when none needs it any more
+    cluster: dict[str, Any] = {}
+    consumed = plgpu.Barrier(**arrivals)
+    if tiling.ctas > 1:  # a page is overwritten in all CTAs at once, when none needs it any more
         cluster = dict(cluster=(tiling.ctas,), cluster_names=("part",))
         consumed = plgpu.ClusterBarrier(collective_axes=("part",), **arrivals)
     return plgpu.kernel(

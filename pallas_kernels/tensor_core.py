@@ -89,8 +89,8 @@ def _known_zeros(shape: tuple[int, ...]) -> jax.Array:
     zero, and every step of a loop would move 64 registers, an eighth of its instructions.
     """
 
-    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=MATRIX))
-    def zeros(_):
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=MATRIX))
+    def zeros(_: Any) -> Any:
         f32 = ir.F32Type.get()
         pair = ir.VectorType.get((2,), f32)
         splat = mgpu.FragmentedArray.splat(arith.constant(f32, 0.0), shape, layout=mgpu.WGMMA_LAYOUT)
@@ -100,7 +100,7 @@ def _known_zeros(shape: tuple[int, ...]) -> jax.Array:
             registers[index] = vector.from_elements(pair, zero)
         return mgpu.FragmentedArray(_registers=registers, _layout=splat.layout, _is_signed=None)
 
-    return zeros()
+    return zeros()  # pyright: ignore[reportCallIssue]: the decorator gives the argument
 
 
 def _accumulator(rows: int, columns: int) -> Any:

@@ -139,8 +139,9 @@ def check(got, case: Case):
     assert (got[0][blind] == 0).all() and (got[1][blind] == np.float32(MASKED)).all()
 
 
-# Each shape that ships, by (rows, stages, heads together, CTAs, head dim): (dtype, kv heads, query heads for each, queries of
-# the longest row: they fill two tiles, all warpgroups or neither; waves that cut its five pages in two or three).
+# Each shape that ships, by (rows, stages, heads together, CTAs, head dim): (dtype, kv heads, query heads for each,
+# queries of the longest row: they fill two tiles, all warpgroups or neither; waves that cut its five pages in two or
+# three).
 SHAPES = {
     (64, 2, None, 1, 64): ("bfloat16", 1, 4, 18, 2),
     (64, 2, None, 1, 128): ("float16", 2, 1, 5, 2),
