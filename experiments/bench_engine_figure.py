@@ -29,11 +29,13 @@ def figure(record: Mapping[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     config, mesh = record["config"], MeshSpec(**record["config"]["mesh"])
-    drawn = Figure(figsize=(12, 0.6 + 4.2 * len(config["models"])), layout="constrained")
-    panels = drawn.subplots(len(config["models"]), 2, squeeze=False)
+    measured = {row["name"] for row in record["rows"]}
+    columns = [(TTFT, "s", 0), (TBT, "ms", 1)] if TTFT in measured else [(TBT, "ms", 1)]  # a filled cache has no TTFT
+    drawn = Figure(figsize=(6 * len(columns), 0.6 + 4.2 * len(config["models"])), layout="constrained")
+    panels = drawn.subplots(len(config["models"]), len(columns), squeeze=False)
     for path, row in zip(config["models"], panels, strict=True):
         shape = Path(path).stem
-        for axes, name, unit, column in zip(row, (TTFT, TBT), ("s", "ms"), (0, 1), strict=True):
+        for axes, (name, unit, column) in zip(row, columns, strict=True):
             ours = [r for r in record["rows"] if r["name"] == name and r.get("shape") == shape]
             for label in dict.fromkeys(_label(r) for r in ours):
                 points = sorted((r["context"], r["value"]) for r in ours if _label(r) == label)
@@ -55,7 +57,7 @@ def figure(record: Mapping[str, Any]) -> Any:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize="small")
     versions, device = record["versions"], record["device"]
-    drawn.suptitle(f"{device['kind']}, {mesh}, bf16, one request alone; jax {versions['jax']}")
+    drawn.suptitle(f"{device['kind']}, {mesh}, bf16, one request; jax {versions['jax']}", fontsize="medium")
     return drawn
 
 
