@@ -1,13 +1,14 @@
-"""Times real ticks of an engine and fits the coefficients of the cost model to them.
+"""Times real ticks of several engines and fits the coefficients of the cost model to all of them together.
 
-    python -m experiments.calibrate --random_model configs/model/NAME.yaml --hardware configs/hardware/NAME.yaml \\
+    python -m experiments.calibrate --config_path configs/calibrate.yaml --hardware configs/hardware/NAME.yaml \\
         --out configs/hardware/NEW.yaml --record FILE.json [--plot FILE.png]
 
 Ticks of chosen sizes run through JaxExecutor back to back, as a busy engine runs them: the time of one is that between
 two results, so that what the host does meanwhile does not count unless devices wait for it. Every fourth tick is held
-out of the fit and tells how far its predictions are off. Weights, keys and values are random. On a GPU, take as many
-`--layers` as make the shortest tick, at a third of them, longer than what the host needs for one, about a millisecond.
-One process only. Without `--hardware` peak figures are those of a small CPU.
+out of the fit and tells how far its predictions are off. Weights, keys and values are random. Engines are built and
+timed one after another. They had better differ in all that the fit is to tell apart (`fitting.fit`): head dim, width,
+layers, decode rows. On a GPU, take as many layers as make the shortest tick longer than what the host needs for one,
+about a millisecond. One process only. Without `--hardware` peak figures are those of a small CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,6 @@ from experiments import calibration_record, command_line, fitting, results
 from experiments.bench_engine_runs import fill
 from experiments.calibration_record import Timed
 from experiments.devices import use_virtual_devices
-from experiments.generate import ModelChoice
 from experiments.tick_loads import TickLoads, designed, loads_of
 from mnemosyne_jax.checkpoint import read_config
 from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, RopeConfig, ServeConfig, from_yaml
@@ -43,19 +44,30 @@ POOL_TOKENS = 8_192  # of each group, where `serve.pool_pages` says nothing
 
 
 @dataclass(frozen=True)
+class EngineChoice:
+    """What tells an engine from others: a model, how many of its layers, and decode rows.
+
+    The model is that of a YAML file, of a Hugging Face folder (its facts, not its weights), or a small one (None).
+    `layers` and `decode_rows` are None for the model's own and for `serve.private_rows`.
+    """
+
+    model: str | None = None
+    layers: int | None = None
+    decode_rows: int | None = None
+
+
+@dataclass(frozen=True)
 class CalibrateConfig:
     """What to time, and where to write what is found.
 
-    The model is that of a Hugging Face folder (`model.path`: its facts, not its weights), of a YAML file
-    (`random_model`), or a small one. `layers` replaces its number of layers (None: its own); a third of them is timed
-    too, which tells the overhead of a layer from that of a tick. Ticks that `hardware` predicts to take longer than
-    `most_tick_s` are left out. Each tick runs `rounds` times for `sample_s`, twice at least. `virtual_devices` is how
-    many CPU devices to pretend (0: use the devices there are).
+    `serve` holds of all `engines`, but for decode rows: where an engine has more or fewer, its chunk buckets have as
+    many fewer or more, so that its programs have the rows of the others'. `dtype` is another than the models' own.
+    Ticks that `hardware` predicts to take longer than `most_tick_s` are left out. Each tick runs `rounds` times for
+    `sample_s`, twice at least. `virtual_devices` is how many CPU devices to pretend (0: use the devices there are).
     """
 
-    model: ModelChoice = ModelChoice()
-    random_model: str | None = None
-    layers: int | None = None
+    engines: tuple[EngineChoice, ...] = (EngineChoice(layers=4), EngineChoice(decode_rows=4))
+    dtype: str | None = None
     hardware: str | None = None
     mesh: MeshSpec = MeshSpec()
     serve: ServeConfig = ServeConfig()
@@ -69,50 +81,65 @@ class CalibrateConfig:
     check: bool = False
 
 
-def models(config: CalibrateConfig) -> list[ModelConfig]:
-    """The model at a third of its layers, and at all of them; once if it has too few for two."""
-    if config.model.path is not None:
-        model = read_config(config.model.path)
-    else:
-        model = SMALL if config.random_model is None else from_yaml(ModelConfig, config.random_model)
-    model = replace(model, layers=config.layers or model.layers, dtype=config.model.dtype or model.dtype)
+def engine(config: CalibrateConfig, choice: EngineChoice) -> tuple[str, ModelConfig, ServeConfig]:
+    """(what to call it, the model, how it serves) of an engine to be timed.
+
+    Raises: RequestError if the model does not divide over the mesh, or decode rows leave a program no place for chunks.
+    """
+    serve, model = config.serve, facts(choice.model)
+    model = replace(model, layers=choice.layers or model.layers, dtype=config.dtype or model.dtype)
     model.refuse_mesh(config.mesh)
-    third = max(1, model.layers // 3 // config.mesh.spp) * config.mesh.spp
-    return [replace(model, layers=layers) for layers in sorted({third, model.layers})]
+    rows = choice.decode_rows or serve.private_rows
+    more = rows - serve.private_rows
+    if more >= serve.buckets[0]:
+        raise RequestError("engines.decode_rows", rows, f"leaves the smallest bucket, {serve.buckets[0]}, no chunk")
+    buckets = tuple(bucket - more for bucket in serve.buckets)
+    pages = serve.pool_pages or -(-POOL_TOKENS // serve.page_tokens)
+    serve = replace(serve, private_rows=rows, chunk_buckets=buckets, chunk_tokens=buckets[-1], pool_pages=pages)
+    shape = "small" if choice.model is None else Path(choice.model).stem
+    return f"{shape}, {model.layers} layers, {rows} decode rows", model, serve
 
 
-def settings(config: CalibrateConfig) -> tuple[HardwareConfig, ServeConfig]:
-    """(peak figures to fit shares of, how to serve)."""
+def facts(path: str | None) -> ModelConfig:
+    """The model of a YAML file or of a Hugging Face folder; the small one."""
+    if path is None:
+        return SMALL
+    return read_config(path) if Path(path).is_dir() else from_yaml(ModelConfig, path)
+
+
+def peak_figures(config: CalibrateConfig) -> HardwareConfig:
+    """The hardware whose coefficients are to be fitted."""
     device = jax.devices()[0]
     if config.hardware is None and device.platform != "cpu":
         raise RequestError("hardware", None, f"must name a file of the peak figures of a {device.device_kind}")
-    hardware = HardwareConfig() if config.hardware is None else from_yaml(HardwareConfig, config.hardware)
-    pages = config.serve.pool_pages or -(-POOL_TOKENS // config.serve.page_tokens)
-    return hardware, replace(config.serve, pool_pages=pages)
+    return HardwareConfig() if config.hardware is None else from_yaml(HardwareConfig, config.hardware)
 
 
-def timed(config: CalibrateConfig, hardware: HardwareConfig, serve: ServeConfig) -> Timed:
-    """The ticks of every model that are predicted to take no longer than asked, timed."""
-    parts, ticks, measured_s = [], [], []
-    for model in models(config):
-        make = TickLoads(serve, config.mesh, serve.pool_pages or 0, model.vocab)
-        some = designed(make)
-        loads = loads_of([t.batch for t in some], model, serve, config.mesh, jnp.dtype(model.dtype).itemsize)
-        short = loads.seconds(hardware) <= config.most_tick_s
-        parts.append(loads.where(short))
-        ticks += (some := [tick for tick, kept in zip(some, short, strict=True) if kept])
-        say(f"{model.layers} layers on {config.mesh}: {len(some)} ticks, {np.count_nonzero(~short)} too long")
-        if len(some) < calibration_record.HELD_OUT_EVERY:
-            raise RequestError("most_tick_s", config.most_tick_s, f"leaves {len(some)} ticks: too few to hold one out")
-        executor = built(model, serve, config.mesh, make.page_table())
-        rounds = []
-        for i in range(config.rounds):  # the ticks take turns, so that a slow minute is a round of each, not all of one
-            begin_s = time.perf_counter()
-            rounds.append([seconds_of(executor, tick.batch, config.sample_s) for tick in some])
-            say(f"round {i + 1} of {config.rounds}: {time.perf_counter() - begin_s:.1f} s")
-        measured_s.append(np.median(rounds, axis=0))
-        del executor  # makes room for the next
-    return Timed(tuple(parts), tuple(ticks), np.concatenate(measured_s))
+def timed(config: CalibrateConfig, hardware: HardwareConfig) -> list[Timed]:
+    """The ticks of every engine that are predicted to take no longer than asked, timed."""
+    engines = [engine(config, choice) for choice in config.engines]  # what is refused is refused before any is built
+    return [timed_engine(config, hardware, *parts) for parts in engines]
+
+
+def timed_engine(
+    config: CalibrateConfig, hardware: HardwareConfig, name: str, model: ModelConfig, serve: ServeConfig
+) -> Timed:
+    """The ticks of one engine, timed; its devices' memory is free again."""
+    make = TickLoads(serve, config.mesh, serve.pool_pages or 0, model.vocab)
+    ticks = designed(make)
+    loads = loads_of([tick.batch for tick in ticks], model, serve, config.mesh, jnp.dtype(model.dtype).itemsize)
+    short = loads.seconds(hardware) <= config.most_tick_s
+    ticks = tuple(tick for tick, kept in zip(ticks, short, strict=True) if kept)
+    say(f"{name} on {config.mesh}: {len(ticks)} ticks, {np.count_nonzero(~short)} too long")
+    if len(ticks) < calibration_record.HELD_OUT_EVERY:
+        raise RequestError("most_tick_s", config.most_tick_s, f"leaves {len(ticks)} ticks: too few to hold one out")
+    executor = built(model, serve, config.mesh, make.page_table())
+    rounds = []
+    for i in range(config.rounds):  # the ticks take turns, so that a slow minute is a round of each, not all of one
+        begin_s = time.perf_counter()
+        rounds.append([seconds_of(executor, tick.batch, config.sample_s) for tick in ticks])
+        say(f"round {i + 1} of {config.rounds}: {time.perf_counter() - begin_s:.1f} s")
+    return Timed(name, loads.where(short), ticks, np.median(rounds, axis=0))
 
 
 def built(model: ModelConfig, serve: ServeConfig, mesh: MeshSpec, page_table: np.ndarray) -> JaxExecutor:
@@ -152,14 +179,16 @@ def main(args: Sequence[str] | None = None) -> int:
     use_virtual_devices(config.virtual_devices)
     begin_s = time.perf_counter()
     try:
-        before, serve = settings(config)
-        found = timed(config, before, serve)
+        before = peak_figures(config)
+        found = timed(config, before)
     except RequestError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     fit_begin_s = time.perf_counter()
-    after = fitting.fit(found.parts, found.measured_s, before, ~found.held_out)
-    say(f"fitted to {np.count_nonzero(~found.held_out)} ticks in {time.perf_counter() - fit_begin_s:.1f} s")
+    kept = ~calibration_record.held_out(found)
+    measured_s = np.concatenate([one.measured_s for one in found])
+    after = fitting.fit([one.loads for one in found], measured_s, before, kept)
+    say(f"fitted to {np.count_nonzero(kept)} ticks in {time.perf_counter() - fit_begin_s:.1f} s")
     rows = calibration_record.rows_of(found, before, after)
     rows.append(results.row("run", time.perf_counter() - begin_s, "s", mesh=str(config.mesh)))
     for line in calibration_record.lines(rows):

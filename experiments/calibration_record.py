@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,46 +22,58 @@ from mnemosyne_jax.config import HardwareConfig
 HELD_OUT_EVERY = 4
 MUST_ON_GPU = "<= 0.05"
 COLORS = {"empty": "tab:gray", "decode": "tab:blue", "chunk": "tab:orange", "mixed": "tab:green"}
+MARKERS = "osD^v<>P"
+WORDS = {"median": 50, "p90": 90, "max": 100}  # percentiles of errors
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Ticks and the median seconds that each took, with their loads, in as many parts as there are models."""
+    """Ticks of one engine, called `engine`, their loads, and the median seconds that each took [n]."""
 
-    parts: tuple[Loads, ...]
+    engine: str
+    loads: Loads
     ticks: tuple[TimedTick, ...]
     measured_s: np.ndarray
 
-    @property
-    def held_out(self) -> np.ndarray:
-        return np.arange(len(self.ticks)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+def held_out(found: Sequence[Timed]) -> np.ndarray:
+    """Which ticks, of all engines one after the other, no fit may see (booleans)."""
+    return np.arange(sum(len(one.ticks) for one in found)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
-def rows_of(found: Timed, before: HardwareConfig, after: HardwareConfig) -> list[dict[str, Any]]:
-    """The record: how far predictions are off, the coefficients, and every tick."""
-    predicted_s, mesh = fitting.predict(found.parts, after), str(found.parts[0].mesh)
-    errors = fitting.relative_errors(predicted_s, found.measured_s)
-    errors_before = fitting.relative_errors(fitting.predict(found.parts, before), found.measured_s)
-    gpu = jax.default_backend() == "gpu"
+def rows_of(found: Sequence[Timed], before: HardwareConfig, after: HardwareConfig) -> list[dict[str, Any]]:
+    """The record: how far predictions are off, in all, by engine and by kind of tick, the coefficients, every tick."""
+    loads, mesh = [one.loads for one in found], str(found[0].loads.mesh)
+    measured_s = np.concatenate([one.measured_s for one in found])
+    predicted_s = fitting.predict(loads, after)
+    errors, errors_before = (
+        fitting.relative_errors(s, measured_s) for s in (predicted_s, fitting.predict(loads, before))
+    )
+    ticks = [(one.engine, tick) for one in found for tick in one.ticks]
+    engines, kinds = np.array([engine for engine, _ in ticks]), np.array([tick.kind for _, tick in ticks])
+    unseen, gpu = held_out(found), jax.default_backend() == "gpu"
     rows = []
-    for part, kept in (("training", ~found.held_out), ("held out", found.held_out)):
+    for part, kept in (("training", ~unseen), ("held out", unseen)):
         for name, of in (("error", errors), ("error before the fit", errors_before)):
-            for word, share in (("median", 50), ("p90", 90), ("max", 100)):
+            for word, share in WORDS.items():
                 must = MUST_ON_GPU if gpu and (part, name, word) == ("held out", "error", "median") else None
                 value = float(np.percentile(of[kept], share))
                 rows.append(results.row(f"{name} {word}", value, "1", must=must, part=part, mesh=mesh))
-    kinds = np.array([tick.kind for tick in found.ticks])
-    for kind in sorted(set(kinds)):
-        value = float(np.median(errors[kinds == kind]))
-        rows.append(results.row("error median", value, "1", part="all", kind=str(kind), mesh=mesh))
+    of_kinds = [({"kind": kind}, kinds == kind) for kind in COLORS]
+    of_engines = [({"engine": one.engine}, engines == one.engine) for one in found]
+    of_both = [(e | k, in_e & in_k) for e, in_e in of_engines for k, in_k in of_kinds]
+    for words, groups in ((tuple(WORDS), of_kinds + of_engines), (("median",), of_both)):
+        for where, among in ((where, among & unseen) for where, among in groups):
+            for word in words if among.any() else ():
+                value = float(np.percentile(errors[among], WORDS[word]))
+                rows.append(results.row(f"error {word}", value, "1", part="held out", mesh=mesh, **where))
     for name in (*fitting.SHARES, *fitting.AMOUNTS):
         unit = "s" if name.endswith("_s") else "1"
         rows.append(results.row(name, getattr(after, name), unit, mesh=mesh, before=getattr(before, name)))
-    layers = np.concatenate([np.full(len(part.rows), part.model.layers) for part in found.parts])
-    for i, tick in enumerate(found.ticks):
-        where = {"kind": tick.kind, "load": tick.words, "layers": int(layers[i]), "mesh": mesh}
-        where |= {"part": "held out" if found.held_out[i] else "training", "predicted_s": float(predicted_s[i])}
-        rows.append(results.row("tick", float(found.measured_s[i]), "s", **where))
+    for i, (engine, tick) in enumerate(ticks):
+        where: dict[str, Any] = {"engine": engine, "kind": tick.kind, "load": tick.words, "mesh": mesh}
+        where |= {"part": "held out" if unseen[i] else "training", "predicted_s": float(predicted_s[i])}
+        rows.append(results.row("tick", float(measured_s[i]), "s", **where))
     return rows
 
 
@@ -76,25 +89,31 @@ def write_hardware(path: str | Path, hardware: HardwareConfig, made: Mapping[str
     return path
 
 
-def figure(found: Timed, hardware: HardwareConfig) -> Any:
-    """Predicted against measured seconds, a point for each tick; those held out are hollow."""
+def figure(found: Sequence[Timed], hardware: HardwareConfig) -> Any:
+    """Predicted against measured seconds, a point for each tick: a mark for each engine, hollow if held out."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    drawn = Figure(figsize=(5.6, 5.2), layout="constrained")
+    drawn = Figure(figsize=(5.6, 5.6), layout="constrained")
     axes = drawn.subplots()
-    predicted_s = fitting.predict(found.parts, hardware)
-    for kind, color in COLORS.items():
-        for held_out in (False, True):
-            at = [i for i, t in enumerate(found.ticks) if t.kind == kind and found.held_out[i] == held_out]
-            face = "none" if held_out else color
-            label = None if held_out or not at else kind
-            axes.scatter(found.measured_s[at], predicted_s[at], s=22, edgecolors=color, facecolors=face, label=label)
-    ends = [min(found.measured_s.min(), predicted_s.min()), max(found.measured_s.max(), predicted_s.max())]
+    measured_s, predicted_s = (
+        np.concatenate([one.measured_s for one in found]),
+        fitting.predict([one.loads for one in found], hardware),
+    )
+    marks = [mark for one, mark in zip(found, itertools.cycle(MARKERS), strict=False) for _ in one.ticks]
+    colors = [COLORS[tick.kind] for one in found for tick in one.ticks]
+    points = zip(measured_s, predicted_s, marks, colors, held_out(found), strict=True)
+    for x, y, mark, color, hollow in points:
+        axes.scatter(x, y, s=18, marker=mark, edgecolors=color, facecolors="none" if hollow else color, linewidths=0.8)
+    ends = [min(measured_s.min(), predicted_s.min()), max(measured_s.max(), predicted_s.max())]
     axes.plot(ends, ends, color="black", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="measured (s)", ylabel="predicted (s)")
     axes.set_title(f"ticks on {jax.devices()[0].device_kind}; hollow: held out of the fit", fontsize="small")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize="small")
+    named = [("o", color, kind) for kind, color in COLORS.items() if color in colors]
+    named += [(mark, "black", one.engine) for one, mark in zip(found, itertools.cycle(MARKERS), strict=False)]
+    key = [Line2D([], [], linestyle="", marker=m, color=color, markersize=4, label=name) for m, color, name in named]
+    axes.legend(handles=key, fontsize="x-small")
     return drawn
 
 
@@ -102,5 +121,5 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What the record says, less the ticks."""
     for r in rows:
         if r["name"] != "tick":
-            where = ", ".join(str(r[key]) for key in ("part", "kind") if key in r)
+            where = "; ".join(str(r[key]) for key in ("part", "engine", "kind") if key in r)
             yield f"{r['name']}{where and f' ({where})'}: {r['value']:.4g} {r['unit']}"

@@ -13,7 +13,7 @@ COUNTS = (
     "page_tokens", "private_rows", "shared_rows", "private_chunks", "shared_chunks", "chunk_tokens", "span_tokens",
     "max_waiting", "ahead", "least_chunk_every",
 )  # fmt: skip
-MAY_BE_ZERO = ("link_latency_s", "chunk_rows", "layer_overhead_s", "tick_overhead_s")
+MAY_BE_ZERO = ("link_latency_s", "softmax_dims", "overhead_rows", "layer_overhead_s", "tick_overhead_s")
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ class ServeConfig:
 
     At most `max_waiting` requests, and `max_waiting_tokens` of prompts (None: any), wait. A request is `late` if its
     deadline is predicted to be missed even if it ran alone from now on. Such a request is served in its turn (`serve`),
-    or behind all that can still be in time until ten times its deadline has passed (`demote`), or, if the deadline was
-    asked for and it still waits, not at all (`refuse`).
+    or, if it takes more than half a second alone, behind all that can still be in time until ten times its deadline has
+    passed (`demote`), or, if the deadline was asked for and it still waits, not at all (`refuse`).
     """
 
     page_tokens: int = 128
@@ -222,9 +222,12 @@ class ServeConfig:
 class HardwareConfig:
     """One kind of device: its public peak figures, and what share of each a tick reaches.
 
-    `link_bytes_per_s` is what one device sends to another of its node. The shares and overheads are the coefficients of
-    the cost model: guesses of the field's usual figures until `calibrate` has fitted them (`fitted`). `chunk_rows` is
-    how many query rows of one kv head a chunk needs for half of `attention_share`.
+    `link_bytes_per_s` is what one device sends to another of its node. The rest are the coefficients of the cost model:
+    guesses of the field's usual figures until `calibrate` has fitted them (`fitted`). Of HBM's rate, weights, keys and
+    values and activations (what is read and written between matrix products) each reach a share. The softmax of a pair
+    of query and key takes as long as the products of `softmax_dims` more head dimensions, at `attention_share` of the
+    matmul rate. A layer loses `layer_overhead_s` to the starts and ends of its kernels; a program of `overhead_rows`
+    rows loses half of it.
     """
 
     name: str = "cpu"
@@ -234,13 +237,15 @@ class HardwareConfig:
     link_bytes_per_s: float = 1e10
     link_latency_s: float = 1e-5
     matmul_share: float = 0.75
-    weight_read_share: float = 0.85
-    attention_share: float = 0.65
-    kv_read_share: float = 0.85
+    weight_read_share: float = 0.9
+    attention_share: float = 0.8
+    kv_read_share: float = 0.9
+    activation_share: float = 0.8
     link_share: float = 0.75
-    chunk_rows: float = 16.0
-    layer_overhead_s: float = 1e-5
-    tick_overhead_s: float = 2e-4
+    softmax_dims: float = 40.0
+    layer_overhead_s: float = 8e-5
+    overhead_rows: float = 12.0
+    tick_overhead_s: float = 1e-4
     fitted: bool = False
 
     def __post_init__(self):

@@ -24,7 +24,8 @@ ACTIVATION_FRACTION = 0.15  # of a device's memory, kept for a tick's activation
 class Plan:
     """Bytes per device and the longest context of one request alone, for a model on a mesh of one kind of device.
 
-    `ttft_s` and `tbt_s` are those predicted of `context_tokens`; None if the hardware is not calibrated.
+    `ttft_s` and `tbt_s` are those predicted of `context_tokens`, in chunks of 8184 tokens and programs of eight decode
+    rows; None if the hardware is not calibrated.
     """
 
     weight_bytes_per_device: int
@@ -64,8 +65,8 @@ def plan(model: ModelConfig, hardware: HardwareConfig, mesh: MeshSpec, context_t
 
 
 def _alone(model: ModelConfig, hardware: HardwareConfig, mesh: MeshSpec, context_tokens: int) -> tuple[float, float]:
-    """(TTFT, TBT) in seconds of one request alone on the mesh, in large chunks."""
-    serve = ServeConfig(chunk_tokens=8192, chunk_buckets=(128, 512, 2048, 8192))
+    """(TTFT, TBT) in seconds of one request alone on the mesh, in large chunks however long they take."""
+    serve = ServeConfig(private_rows=8, chunk_tokens=8184, chunk_buckets=(120, 504, 2040, 8184), idle_tick_s=1e9)
     ticks, groups = tick_time(model, hardware, mesh, serve), mesh.kvp
     rows = ticks.program_rows(0, 0)
     assert rows is not None

@@ -19,7 +19,7 @@ from mnemosyne_jax.model.params import init
 
 TINY = dict(width=32, ffn=64, vocab=96, layers=2, heads=4, kv_heads=2, head_dim=8, dtype="float32")
 MODEL = mn.ModelConfig(**TINY)
-SLOW = mn.HardwareConfig(matmul_flops_per_s=2e9, hbm_bytes_per_s=2e9)  # 30 ms hold fewer and fewer of 3,000 tokens
+SLOW = mn.HardwareConfig(matmul_flops_per_s=8e9, hbm_bytes_per_s=2e9)  # 30 ms hold fewer and fewer of 3,000 tokens
 TICK_S = 0.02
 SERVE = mn.ServeConfig(page_tokens=16, private_rows=8, chunk_tokens=128, chunk_buckets=(32, 128), span_tokens=256)
 VARIANTS = {

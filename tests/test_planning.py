@@ -36,6 +36,17 @@ def test_plan_predicts_times_of_calibrated_hardware_alone():
     assert groups.tbt_s and groups.tbt_s < mn.plan(LLAMA_8B, fitted, mn.MeshSpec(), 1_000_000).tbt_s
 
 
+@pytest.mark.parametrize("shape, context, ttft_s, tbt_s", [
+    ("llama-3.2-1b", 8_192, 0.0431, 1.428e-3), ("llama-3.2-1b", 131_072, 2.88, 2.72e-3),
+    ("llama-3-8b", 8_192, 0.233, 6.35e-3), ("llama-3-8b", 131_072, 10.63, 11.51e-3),
+])  # fmt: skip
+def test_plan_tells_what_one_h100_took(shape, context, ttft_s, tbt_s):
+    """Measured by bench_engine in chunks of 8184, programs with eight decode rows; a plan is good to 10%."""
+    h100, model = hardware_of("NVIDIA H100 80GB HBM3"), mn.from_yaml(mn.ModelConfig, f"configs/model/{shape}.yaml")
+    found = mn.plan(model, h100, mn.MeshSpec(), context)
+    assert found.ttft_s == pytest.approx(ttft_s, rel=0.1) and found.tbt_s == pytest.approx(tbt_s, rel=0.1)
+
+
 @pytest.mark.parametrize("name", ["tbt_slo_s", "idle_tick_s", "least_yield", "long_yield"])
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_budgets_and_shares_that_make_no_sense_are_refused(name, value):

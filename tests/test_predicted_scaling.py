@@ -17,8 +17,8 @@ from tests.world import guessed
 LLAMA_8B, LLAMA_70B = (from_yaml(ModelConfig, f"configs/model/llama-3-{size}.yaml") for size in ("8b", "70b"))
 H100 = guessed("h100")
 PERFECT = replace(
-    H100, matmul_share=1.0, attention_share=1.0, kv_read_share=1.0, weight_read_share=1.0, chunk_rows=0.0,
-    layer_overhead_s=0.0, tick_overhead_s=0.0, link_latency_s=0.0, link_bytes_per_s=1e18,
+    H100, matmul_share=1.0, attention_share=1.0, kv_read_share=1.0, weight_read_share=1.0, softmax_dims=0.0,
+    activation_share=1.0, layer_overhead_s=0.0, tick_overhead_s=0.0, link_latency_s=0.0, link_bytes_per_s=1e18,
 )  # fmt: skip
 BUCKETS = (64, 256, 1024, 4096)
 

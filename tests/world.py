@@ -18,8 +18,8 @@ SMALL = {"page_tokens": 4, "chunk_tokens": 16, "private_rows": 3, "private_chunk
 def guessed(name: str) -> HardwareConfig:
     """The hardware of a file with the shares it had before any calibration, so that no test hangs on one."""
     known, guess = from_yaml(HardwareConfig, f"configs/hardware/{name}.yaml"), HardwareConfig()
-    shares = {f.name: getattr(guess, f.name) for f in fields(guess) if f.name.endswith(("_share", "_overhead_s"))}
-    return replace(known, **shares, chunk_rows=guess.chunk_rows, fitted=False)
+    coefficients = [f.name for f in fields(guess) if f.name.endswith(("_share", "_overhead_s", "_rows", "_dims"))]
+    return replace(known, **{name: getattr(guess, name) for name in coefficients}, fitted=False)
 
 
 class World:

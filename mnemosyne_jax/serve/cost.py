@@ -1,21 +1,23 @@
 """What a tick costs: seconds of a stage, from what it computes and what it moves.
 
-    stage = tick overhead + layers x (layer overhead
-            + linear layers: the slower of products and reading the weights, at the rows of the compiled program
-            + chunk attention: the slower of products and reading keys, for each chunk, at its real tokens
+    stage = tick overhead + layers x (layer overhead, less of it where rows are few
+            + linear layers: products beside reading the weights, at the rows of the compiled program
+            + activations, read and written between the products, at the same rows
+            + chunk attention: products and softmax beside reading keys, for each chunk, at its real tokens
             + decode attention: reading keys
             + messages: two all-reduces over tp, one merge over kvp)
             + unembedding of the sampled rows + the hop to the next stage
 
-A rate is a peak figure of the hardware times a share, fitted by `calibrate`; every term grows with every load. The same
-code runs on floats (the scheduler), on numpy arrays and, differentiated, on jax's: `maximum` is what tells them apart.
+What stands beside another overlaps with it: the two together take as long as the slower, up to a root of two longer
+where they are near. A rate is a peak figure of the hardware times a share, fitted by `calibrate`; every term grows with
+every load. The same code runs on floats (the scheduler), on numpy arrays and, differentiated, on jax's.
 
-Source: the roofline argument of arXiv 2409.17264 section 3; shapes of the terms follow this engine's tick.
+Source: the roofline argument of arXiv 2409.17264 section 3; shapes of the terms follow this engine's tick, and the
+profiles of it that `bench_engine --profile` makes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,31 +34,31 @@ class CostModel:
     hardware: HardwareConfig
     mesh: MeshSpec
     dtype_bytes: int = 2
-    maximum: Callable[[Number, Number], Number] = max
     layer_weights: float = field(init=False)  # of one layer, in one device
     heads: int = field(init=False)  # query heads in one device
     kv_heads: int = field(init=False)
     layers: int = field(init=False)  # of one stage
-    # Of attention, which is asked for many times a tick: facts that do not change.
-    _pair_flops: float = field(init=False)  # of one query and one key
-    _attention_flops_per_s: Number = field(init=False)
-    _key_bytes: float = field(init=False)
-    _key_bytes_per_s: Number = field(init=False)
+    activation_bytes: float = field(init=False)  # of one row in a layer: read and written between its products
+    # Of attention, which is asked for many times a tick: seconds of all layers of a stage.
+    _pair_s: Number = field(init=False)  # of one query and one key, in all heads
+    _key_s: Number = field(init=False)  # of reading one key and value
 
     def __post_init__(self):
         m, h, tp = self.model, self.hardware, self.mesh.tp
-        kv_heads = max(m.kv_heads // tp, 1)
-        heads = m.heads // tp
-        weights = m.width * m.head_dim * (2 * heads + 2 * kv_heads) + 3 * m.width * m.ffn // tp
+        kv_heads, heads, ffn = max(m.kv_heads // tp, 1), m.heads // tp, m.ffn // tp
+        layers = m.layers // self.mesh.spp
+        # Two norms and two residual sums; silu times up; queries, keys and values rotated; attention's output, merged,
+        # gathered and cast: three passes over it in float32.
+        values = 10 * m.width + 3 * ffn + 2 * (heads + 2 * kv_heads) * m.head_dim
+        pair_flops = 4.0 * heads * (m.head_dim + h.softmax_dims)
         derived = {
-            "layer_weights": float(weights),
+            "layer_weights": float(m.width * m.head_dim * (2 * heads + 2 * kv_heads) + 3 * m.width * ffn),
             "heads": heads,
             "kv_heads": kv_heads,
-            "layers": m.layers // self.mesh.spp,
-            "_pair_flops": 4.0 * heads * m.head_dim,
-            "_attention_flops_per_s": h.matmul_flops_per_s * h.attention_share,
-            "_key_bytes": 2.0 * kv_heads * m.head_dim * self.dtype_bytes,
-            "_key_bytes_per_s": h.hbm_bytes_per_s * h.kv_read_share,
+            "layers": layers,
+            "activation_bytes": float(self.dtype_bytes * values + 3 * 2 * 4 * heads * m.head_dim),
+            "_pair_s": layers * pair_flops / (h.matmul_flops_per_s * h.attention_share),
+            "_key_s": layers * 2.0 * kv_heads * m.head_dim * self.dtype_bytes / (h.hbm_bytes_per_s * h.kv_read_share),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -64,21 +66,26 @@ class CostModel:
     def program_s(self, rows: Number, merged_rows: Number = 0, sampled_rows: Number = 1) -> Number:
         """Everything but attention, for a program of so many `rows`, of which `merged_rows` are merged over kvp."""
         h, m, tp, kvp = self.hardware, self.model, self.mesh.tp, self.mesh.kvp
-        compute = h.matmul_flops_per_s * h.matmul_share
-        read = h.hbm_bytes_per_s * h.weight_read_share
         link = h.link_bytes_per_s * h.link_share
-        layer = h.layer_overhead_s + self.maximum(
-            2.0 * self.layer_weights * rows / compute, self.layer_weights * self.dtype_bytes / read
+        layer = (
+            h.layer_overhead_s * rows / (rows + h.overhead_rows)
+            + self._products_s(self.layer_weights, rows)
+            + rows * self.activation_bytes / (h.hbm_bytes_per_s * h.activation_share)
         )
         row_bytes = m.width * self.dtype_bytes
         if tp > 1:  # a ring all-reduce sends 2 (tp - 1) / tp of the rows
             layer += 2 * (h.link_latency_s + rows * row_bytes * 2 * (tp - 1) / tp / link)
         if kvp > 1:  # all partials are gathered: float32 outputs and a log-sum-exp for each head
             layer += h.link_latency_s + merged_rows * 4.0 * self.heads * (m.head_dim + 1) * (kvp - 1) / link
-        vocab_weights = m.vocab * m.width / (self.mesh.spp * tp)
-        head = self.maximum(2.0 * vocab_weights * sampled_rows / compute, vocab_weights * self.dtype_bytes / read)
+        head = self._products_s(m.vocab * m.width / (self.mesh.spp * tp), sampled_rows)
         hop = h.link_latency_s + rows * row_bytes / link if self.mesh.spp > 1 else 0.0
         return h.tick_overhead_s + self.layers * layer + head + hop
+
+    def _products_s(self, weights: float, rows: Number) -> Number:
+        """Products of `rows` with so many weights, beside reading them."""
+        h = self.hardware
+        compute_s = 2.0 * weights * rows / (h.matmul_flops_per_s * h.matmul_share)
+        return _overlapped_s(compute_s, weights * self.dtype_bytes / (h.hbm_bytes_per_s * h.weight_read_share))
 
     def chunk_s(self, tokens: Number, keys_before: Number, keys_own: Number | None = None) -> Number:
         """Attention of one chunk in a stage: `tokens` queries over the keys held here of what came before.
@@ -86,13 +93,13 @@ class CostModel:
         `keys_own` are those of the chunk's own tokens that are held here (None: all). A query sees half of them.
         """
         own = tokens if keys_own is None else keys_own
-        rows = tokens * (self.heads / self.kv_heads)
-        products = self._pair_flops * tokens * (keys_before + 0.5 * own)
-        # A tile that is not full of queries costs as much as a full one: products as if there were `chunk_rows` more.
-        filled = rows / (rows + self.hardware.chunk_rows)
-        compute_s = products / (self._attention_flops_per_s * filled)
-        return self.layers * self.maximum(compute_s, (keys_before + own) * self._key_bytes / self._key_bytes_per_s)
+        return _overlapped_s(self._pair_s * tokens * (keys_before + 0.5 * own), self._key_s * (keys_before + own))
 
     def decode_s(self, keys: Number) -> Number:
         """Attention of decode rows in a stage: `keys` held here of all of them together."""
-        return self.layers * (keys * self._key_bytes / self._key_bytes_per_s)
+        return self._key_s * keys
+
+
+def _overlapped_s(one_s: Number, other_s: Number) -> Number:
+    """What two things take that go on at once, each waiting for the other now and then."""
+    return (one_s * one_s + other_s * other_s) ** 0.5
