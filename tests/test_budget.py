@@ -84,7 +84,7 @@ def test_the_largest_chunk_is_what_trying_them_all_finds(earlier, asked, kept, s
         return TIME.seconds((TIME.with_chunk(budget.load, sequence.spans, shared, done, tokens), older))
 
     older = TIME.with_chunk(EMPTY, private(0, 4096), False, 2048, 100)
-    budget = TickBudget(TIME, [older], EMPTY)
+    budget = TickBudget(TIME, BUCKETS, [older], EMPTY)
     for one in earlier:
         budget.full(0.01)  # asking in between changes nothing
         budget.add_chunk(prompt(*one), one[2])
@@ -99,14 +99,14 @@ def test_the_largest_chunk_is_what_trying_them_all_finds(earlier, asked, kept, s
 def test_the_slowest_batch_in_the_pipe_bounds_a_chunk_too():
     """A larger program would fit beside the chunk's own attention, not beside that of the batch before."""
     older = TIME.with_chunk(EMPTY, private(0, 1_000_100), False, 1_000_000, 100)
-    budget = TickBudget(TIME, [older], EMPTY)
+    budget = TickBudget(TIME, BUCKETS, [older], EMPTY)
     for group, rows in ((1, (16 + 128, 2)), (2, (16 + 128 + 128, 2 + 128))):
         budget_s = (COST.program_s(*rows) + older.attention_s[0]) * (1 + 1e-9)
         assert budget.largest_chunk(prompt(group, 0, 3000), 3000, budget_s) == 128
 
 
 def test_a_tick_is_full_when_no_place_is_left():
-    budget = TickBudget(TIME, [EMPTY], EMPTY)
+    budget = TickBudget(TIME, BUCKETS, [EMPTY], EMPTY)
     for group in (0, 1):
         budget.add_chunk(prompt(group, 0, 128), 128)
     both_s = COST.program_s(16 + 128 + 128, 2 + 128) + budget.load.attention_s[0]

@@ -87,6 +87,17 @@ def test_late_requests_are_demoted_for_a_time():
         assert priority(policy, late, forgiven_s, True) == priority(policy, late, forgiven_s)
 
 
+def test_short_requests_are_never_demoted():
+    """They are those whose work alone is at most the least deadline, whatever deadline was asked for."""
+    for tokens, deadline_s, standing_back in ((5_000, None, False), (5_001, None, True), (1_000, 0.01, False)):
+        late = sequence(tokens, deadline_s=deadline_s)
+        for now_s in (0.0, 0.7, 1.0):
+            behind = priority("lars", late, now_s, True) != priority("lars", late, now_s)
+            assert behind == (standing_back and now_s + late.left_s > late.due_s)
+    shorts = [sequence(1_000, arrival_s=at) for at in (0.0, 2.0, 2.4)]
+    assert sorted(shorts, key=lambda s: priority("lars", s, 2.5, True)) == shorts  # the latest first
+
+
 def test_lars_lets_a_short_one_pass_and_finishes_what_is_late():
     long, short = sequence(1_000_000), sequence(1_000, arrival_s=10.0)
     assert relative_slack(long, 10.0) == pytest.approx(0.4)  # 150 s due, 10 gone, 100 to do, in units of 100

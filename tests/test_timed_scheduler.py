@@ -197,6 +197,21 @@ def test_a_long_prompt_that_is_late_still_leaves_something():
     assert long_s <= 1.1 * greedy_long_s
 
 
+@pytest.mark.parametrize("kvp", [1, 2])
+@pytest.mark.parametrize(
+    "policy, prompt, passed", [("lars", 150_000, True), ("lars", 191_990, False), ("fcfs", 150_000, False)]
+)
+def test_short_requests_pass_a_late_one_that_waits_for_pages(policy, prompt, passed, kvp):
+    """Unless they might never leave it the pages that it needs, here all of them."""
+    mesh, shorts = MeshSpec(kvp=kvp, tp=8), [(15 + 0.25 * i, 100, 8) for i in range(20)]
+    settings = dict(chunk_buckets=(64, 256, 1024, 2048, 8192), policy=policy, late="serve", span_tokens=96_000)
+    one = Simulated(mesh, pool_pages=1500 // kvp, **settings)
+    holds, waits, *short = one.run([(0.0, 150_000, 6000), (0.1, prompt, 2), *shorts])
+    end_s = holds.timeline.token_s[-1]
+    assert end_s > 21 and waits.due_s < 15 and end_s <= waits.timeline.admitted_s < end_s + 1
+    assert {s.timeline.ttft_s < 0.5 for s in short} == {passed}  # or once they are the more urgent
+
+
 def test_short_requests_have_a_place_beside_a_prompt_of_all_groups():
     one = Simulated(mesh=MeshSpec(kvp=2, tp=4), pool_pages=10_000, chunk_buckets=(128, 512, 2048, 8192))
     long, *shorts = one.run([(0.0, 1_000_000, 4), *((1.0 + 0.5 * i, 2000, 8) for i in range(20))])

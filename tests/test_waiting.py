@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mnemosyne_jax.serve.policy import PrefillTimes, estimate, priority, relative_slack
+from mnemosyne_jax.serve.policy import DEMOTED, PrefillTimes, estimate, priority, relative_slack
 from mnemosyne_jax.serve.request import Request, Sequence, Timeline
 from mnemosyne_jax.serve.waiting import FEW, WaitingQueue
 
@@ -16,8 +16,8 @@ asked = st.tuples(st.integers(1, 10_000_000) | few.map(lambda x: 1 + int(x)), st
 requests = st.lists(asked, min_size=1, max_size=8) | st.lists(asked, min_size=FEW + 1, max_size=3 * FEW)
 
 
-def filled(policy, asked):
-    queue, sequences = WaitingQueue(policy), []
+def filled(policy, asked, demote_late=False):
+    queue, sequences = WaitingQueue(policy, demote_late), []
     for i, (tokens, arrival_s) in enumerate(asked):
         sequences.append(Sequence(Request(i, PROMPT[:tokens], arrival_s=arrival_s), Timeline(arrival_s)))
         estimate(sequences[-1], LINEAR)
@@ -27,31 +27,44 @@ def filled(policy, asked):
 
 @pytest.mark.parametrize("policy", ["fcfs", "fcfs_exclusive", "edf", "srpt", "lars"])
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(requests, st.floats(0, 3000), st.data())
-def test_order_is_that_of_the_policy(policy, asked, now_s, data):
-    queue, sequences = filled(policy, asked)
+@given(requests, st.floats(0, 3000), st.booleans(), st.data())
+def test_order_is_that_of_the_policy(policy, asked, now_s, demote_late, data):
+    queue, sequences = filled(policy, asked, demote_late)
     for sequence in data.draw(st.lists(st.sampled_from(sequences), unique=True, max_size=len(sequences) - 1)):
         queue.remove(sequence)
         sequences.remove(sequence)
     found = list(queue.in_order(now_s))
     assert len(queue) == len(found) == len(sequences)
     assert queue.tokens == sum(len(sequence.request.prompt) for sequence in sequences)
-    in_order = sorted(sequences, key=lambda sequence: priority(policy, sequence, now_s))  # ties as they came
+    key = lambda sequence: priority(policy, sequence, now_s, demote_late)  # noqa: E731
+    in_order = sorted(sequences, key=key)  # ties as they came
     assert [id(s) for s, _ in found] == [id(s) for s in in_order]
     for sequence, lets_others_pass in found:
-        late = relative_slack(sequence, now_s) <= 0
-        assert lets_others_pass == (not late and not policy.startswith("fcfs"))
+        late, behind = relative_slack(sequence, now_s) <= 0, key(sequence) >= DEMOTED / 2
+        assert lets_others_pass == (behind or not late and not policy.startswith("fcfs"))
 
 
+@pytest.mark.parametrize("times", [1, FEW])
 @pytest.mark.parametrize("policy", ["fcfs", "edf", "srpt", "lars"])
-def test_order_holds_while_the_first_are_taken_out(policy):
-    queue, sequences = filled(policy, [(100, 3.0), (5, 1.0), (100, 2.0), (7, 0.0)])
+def test_order_holds_while_the_first_are_taken_out(policy, times):
+    queue, sequences = filled(policy, [(100, 3.0), (5, 1.0), (100, 2.0), (7, 0.0)] * times)
     expected = [sequence for sequence, _ in queue.in_order(1.0)]
     found = []
     for sequence, _ in queue.in_order(1.0):
         queue.remove(sequence)  # as it is admitted
         found.append(sequence)
     assert found == expected and len(found) == len(sequences) and not queue.tokens
+
+
+def test_those_with_all_the_time_there_is_come_last_as_they_stand():
+    """Even the slack of so late a deadline in units of a small prompt's work is more than a float holds."""
+    queue, sequences = filled("lars", [(5, 0.0)] * 4)
+    for i in (0, 2):
+        queue.remove(sequences[i])
+        sequences[i].due_s = 1.7e308
+        queue.append(sequences[i])
+    with np.errstate(over="ignore"):
+        assert [s for s, _ in queue.in_order(1.0)] == [sequences[i] for i in (1, 3, 0, 2)]
 
 
 def test_without_a_policy_the_queue_is_a_queue():

@@ -10,6 +10,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -75,19 +76,26 @@ class TickTime:
     def with_chunk(self, load: BatchLoad, spans: tuple[Span, ...], shared: bool, start: int, tokens: int) -> BatchLoad:
         """The load with `tokens` more of a prompt of which `start` are stored."""
         attention_s, private = list(load.attention_s), list(load.private_tokens)
+        if not shared:  # all of its keys are there
+            (span,) = spans
+            attention_s[span.group] += self.cost.chunk_s(tokens, start, tokens)
+            private[span.group] += tokens
+            return BatchLoad(load.shared_tokens, tuple(private), tuple(attention_s))
         for span in spans:
             before = span.local_tokens(start, self.page_tokens)
             own = span.local_tokens(start + tokens, self.page_tokens) - before
             attention_s[span.group] += self.cost.chunk_s(tokens, before, own)
-            private[span.group] += 0 if shared else tokens
-        return BatchLoad(load.shared_tokens + (tokens if shared else 0), tuple(private), tuple(attention_s))
+        return BatchLoad(load.shared_tokens + tokens, load.private_tokens, tuple(attention_s))
 
 
 class TickBudget:
-    """A tick under construction: the load of its batch so far, beside the older ones in the pipe."""
+    """A tick under construction: the load of its batch so far, beside the older ones in the pipe.
 
-    def __init__(self, tick_time: TickTime, older: Iterable[BatchLoad], load: BatchLoad):
-        self._time = tick_time
+    `sizes` are those of the chunk areas of programs, increasing.
+    """
+
+    def __init__(self, tick_time: TickTime, sizes: Seq[int], older: Iterable[BatchLoad], load: BatchLoad):
+        self._time, self._sizes = tick_time, sizes
         # Of the whole pipe: the most shared tokens, private tokens and seconds of attention of any group.
         self._shared, self._private, self._attention_s = 0, 0, 0.0
         for one in older:
@@ -118,10 +126,12 @@ class TickBudget:
     def _least(self, group: int | None) -> float:
         """Seconds of the tick with one token more in `group` (None: in all), and no more attention than now."""
         if group not in self._least_s:
-            shared, private = self.load.shared_tokens + (group is None), self._private
-            if group is not None:
+            shared, private = self._shared, self._private
+            if group is None:
+                shared = max(shared, self.load.shared_tokens + 1)
+            else:
                 private = max(private, self.load.private_tokens[group] + 1)
-            program_s = self._time.program_s(max(self._shared, shared), private)
+            program_s = self._time.program_s(shared, private)
             self._least_s[group] = math.inf if program_s is None else program_s + self._attention_s
         return self._least_s[group]
 
@@ -132,26 +142,36 @@ class TickBudget:
             return 0
         fits = self._fits_all(sequence, budget_s) if group is None else self._fits_one(sequence, group, budget_s)
         left = len(sequence.request.prompt) - sequence.prompt_scheduled
-        return largest_fitting(left, room_tokens, fits, step) if fits(min(left, room_tokens, step)) else 0
+        most = min(left, room_tokens, self._room(group, budget_s))
+        if most < left:
+            most -= most % step
+        if not most or not fits(min(most, step)):
+            return 0
+        return most if fits(most) else largest_fitting(left, most, fits, step)  # in most cases it does
 
-    # What a search does not change is looked up once, before it begins.
+    def _room(self, group: int | None, budget_s: float) -> int:
+        """How many tokens more in `group` (None: in all) keep `budget_s`, with no more attention than now."""
+        shared, private = self._shared, self._private
+        taken = self.load.shared_tokens if group is None else self.load.private_tokens[group]
+        for size in reversed(self._sizes):
+            areas = (max(shared, size), private) if group is None else (shared, max(private, size))
+            program_s = self._time.program_s(*areas)
+            if program_s is not None and program_s + self._attention_s <= budget_s:
+                return size - taken
+        return 0
+
+    # What a search does not change is looked up once, before it begins. It stays within `_room`.
 
     def _fits_one(self, sequence: Sequence, group: int, budget_s: float) -> Callable[[int], bool]:
         """Whether a chunk of a prompt keeps the budget that has all of its keys in one group."""
-        before, taken, so_far_s = (
-            sequence.prompt_scheduled,
-            self.load.private_tokens[group],
-            self.load.attention_s[group],
-        )
-        shared, private, attention_s = self._shared, self._private, self._attention_s
+        before, taken = sequence.prompt_scheduled, self.load.private_tokens[group]
+        shared, private, so_far_s = self._shared, self._private, self.load.attention_s[group]
         program_s_of, chunk_s = self._time.program_s, self._time.cost.chunk_s
 
         def fits(tokens: int) -> bool:
             area = taken + tokens
             program_s = program_s_of(shared, area if area > private else private)
-            if program_s is None or program_s + attention_s > budget_s:
-                return False
-            return program_s + so_far_s + chunk_s(tokens, before, tokens) <= budget_s
+            return program_s is not None and program_s + so_far_s + chunk_s(tokens, before, tokens) <= budget_s
 
         return fits
 
@@ -162,9 +182,7 @@ class TickBudget:
 
         def fits(tokens: int) -> bool:
             program_s = self._time.program_s(max(self._shared, self.load.shared_tokens + tokens), self._private)
-            if program_s is None or program_s + self._attention_s > budget_s:
-                return False
-            return all(
+            return program_s is not None and all(
                 program_s + so_far_s + chunk_s(tokens, before, span.local_tokens(start + tokens, page_tokens) - before)
                 <= budget_s
                 for so_far_s, span, before in held

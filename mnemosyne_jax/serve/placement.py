@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from mnemosyne_jax.config import MeshSpec, ServeConfig
 from mnemosyne_jax.serve.pages import PagePool, Span, grown_layout, private_layout, striped_layout
+from mnemosyne_jax.serve.policy import is_short
 from mnemosyne_jax.serve.request import Sequence
 
 
@@ -20,36 +21,64 @@ class Places:
         self.free_slots: dict[int | None, list[int]] = {None: list(range(shared))}
         self.free_slots |= {g: list(range(shared, serve.slots(mesh))) for g in range(mesh.kvp)}
         self.quarantined_slots: deque[tuple[int, int | None, int]] = deque()
+        self._short_pages = [0] * mesh.kvp  # of each group, held by short requests
         self._roomiest = pool_pages  # pages that are free in the group with most of them, of those with a private slot
 
     @property
     def any_slot_free(self) -> bool:
         return any(self.free_slots.values())
 
-    def place(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
+    def place(self, sequence: Sequence, running: Iterable[Sequence], blocked: Sequence | None = None) -> bool:
         """Whether there was room: then the sequence has a slot and all the pages that it can ever need.
 
         Reserving everything at once is what keeps several long requests from each holding a part that the others wait
-        for. A short request goes to the group with the least prefill pending.
+        for. A request in one group goes to that with the least prefill pending. A short one may pass one that is
+        `blocked` where all short ones together leave the pages for it: they are there once those end that are not
+        short. Of the slots that become free it has the first.
         """
-        tokens = sequence.request.total_tokens
-        pages = -(-tokens // self._serve.page_tokens)
-        fits_one = tokens <= self._serve.span_tokens and pages <= self.pools[0].size
-        if self._groups == 1 or fits_one:
+        pages = self._pages(sequence)
+        if self._in_one_group(sequence):
             if pages > self._roomiest:  # most that are tried, where there are too few
                 return False
             ready = [g for g in range(self._groups) if self.free_slots[g] and self.pools[g].free >= pages]
+            if blocked:
+                kept = self._kept_for(blocked)
+                ready = [g for g in ready if self._short_pages[g] + pages + kept[g] <= self.pools[g].size]
+                if not ready:
+                    return False
             sequence.group = ready[0] if len(ready) == 1 else self._idlest(ready, running)
             held = [(sequence.group, *private_layout(pages)[0])]
         else:
+            if blocked or not self.free_slots[None]:
+                return False
             held = [(g, *layout) for g, layout in enumerate(self._layout_of_all(pages))]
-            if not self.free_slots[None] or any(self.pools[g].free < count for g, _, _, count in held):
+            if any(self.pools[g].free < count for g, _, _, count in held):
                 return False
             sequence.group = None
         sequence.slot = self.free_slots[sequence.group].pop(0)
         sequence.spans = tuple(Span(g, start, stride, self.pools[g].grant(count)) for g, start, stride, count in held)
+        self._count(sequence, 1)
         self._see_room()
         return True
+
+    def _kept_for(self, blocked: Sequence) -> list[int]:
+        """Pages of each group that it may need."""
+        pages = self._pages(blocked)
+        if self._in_one_group(blocked):  # in any
+            return [pages] * self._groups
+        return [count for _, _, count in self._layout_of_all(pages)]
+
+    def _pages(self, sequence: Sequence) -> int:
+        return -(-sequence.request.total_tokens // self._serve.page_tokens)
+
+    def _in_one_group(self, sequence: Sequence) -> bool:
+        fits = sequence.request.total_tokens <= self._serve.span_tokens and self._pages(sequence) <= self.pools[0].size
+        return self._groups == 1 or fits
+
+    def _count(self, sequence: Sequence, sign: int) -> None:
+        if is_short(sequence):
+            for span in sequence.spans:
+                self._short_pages[span.group] += sign * len(span.pages)
 
     def _see_room(self) -> None:
         self._roomiest = max((self.pools[g].free for g in range(self._groups) if self.free_slots[g]), default=-1)
@@ -69,6 +98,7 @@ class Places:
 
     def release(self, sequence: Sequence) -> None:
         """Takes back what a sequence holds; the last tick that carries one of its rows may still write to it."""
+        self._count(sequence, -1)
         for span in sequence.spans:
             self.pools[span.group].release(span.pages, sequence.last_tick)
         self.quarantined_slots.append((sequence.last_tick, sequence.group, sequence.slot))

@@ -26,7 +26,7 @@ type Number = Any  # a float, or an array of them
 
 DEADLINE_FACTOR, LEAST_DEADLINE_S = 1.5, 0.5  # of the prefill alone
 LEAST_WORK_S = 0.05  # of a request, when its slack is put in relation to it
-DEMOTED, DEMOTED_DEADLINES = 1e12, 10  # more than any key; for how many times its deadline a late request is
+DEMOTED, DEMOTED_DEADLINES = 1e12, 10  # more than any key; for how many times its deadline a long one is, if late
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +70,20 @@ def estimate(sequence: Sequence, times: PrefillTimes) -> None:
     asked_s = sequence.request.deadline_s
     due_after_s = max(DEADLINE_FACTOR * sequence.work_s, LEAST_DEADLINE_S) if asked_s is None else asked_s
     sequence.due_s = sequence.timeline.arrival_s + due_after_s
+    # What is short takes little from others if it goes before them, and gains much.
+    deadlines = 0 if is_short(sequence) else DEMOTED_DEADLINES
+    sequence.forgiven_s = sequence.timeline.arrival_s + deadlines * due_after_s
+
+
+def is_short(sequence: Sequence) -> bool:
+    """Whether the whole prefill takes no longer than the least that anybody has to wait."""
+    return sequence.work_s <= LEAST_DEADLINE_S
 
 
 def relative_slack(sequence: Sequence, now_s: float) -> float:
     """Time to spare in units of the request's own work; negative once the deadline cannot be kept."""
-    return priority("lars", sequence, now_s)
+    unit_s = max(sequence.work_s, LEAST_WORK_S)
+    return KEYS["lars"](now_s, sequence.timeline.arrival_s, sequence.due_s, sequence.left_s, unit_s)
 
 
 def priority(policy: str, sequence: Sequence, now_s: float, demote_late: bool = False) -> float:
@@ -87,17 +96,17 @@ def priority_at(policy: str, now_s: float, demote_late: bool = False) -> Callabl
     key = key_of(policy)
 
     def at_now(sequence: Sequence) -> float:
-        arrival_s, due_s, left_s, work_s = sequence.timeline.arrival_s, sequence.due_s, sequence.left_s, sequence.work_s
-        first = key(now_s, arrival_s, due_s, left_s, work_s if work_s > LEAST_WORK_S else LEAST_WORK_S)
-        return first + DEMOTED if demote_late and demoted(now_s, arrival_s, due_s, left_s) else first
+        due_s, left_s, work_s = sequence.due_s, sequence.left_s, sequence.work_s
+        unit_s = work_s if work_s > LEAST_WORK_S else LEAST_WORK_S
+        first = key(now_s, sequence.timeline.arrival_s, due_s, left_s, unit_s)
+        return first + DEMOTED if demote_late and demoted(now_s, due_s, left_s, sequence.forgiven_s) else first
 
     return at_now
 
 
-def demoted(now_s: float, arrival_s: Number, due_s: Number, left_s: Number) -> Number:
-    """Whether a request is late, but not so late that it must have its turn after all."""
-    late = now_s + left_s > due_s
-    return late & (now_s - arrival_s <= DEMOTED_DEADLINES * (due_s - arrival_s))
+def demoted(now_s: float, due_s: Number, left_s: Number, forgiven_s: Number) -> Number:
+    """Whether a request is late, but neither short nor so late that it must have its turn after all."""
+    return (now_s + left_s > due_s) & (now_s < forgiven_s)
 
 
 Key = Callable[[float, Number, Number, Number, Number], Number]

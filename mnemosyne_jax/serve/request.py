@@ -17,7 +17,7 @@ HOTTEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).
 COLDEST = 1e-6  # a lower temperature is greedy: logits divided by it could overflow
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Request:
     """One prompt and how to continue it.
 
@@ -145,7 +145,7 @@ class Phase(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclass
+@dataclass(slots=True)
 class Timeline:
     """When things happened to one request, in seconds of the executor's clock."""
 
@@ -174,7 +174,7 @@ class Timeline:
         return self.token_s[-1] - self.arrival_s if self.token_s else float("nan")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)  # slots: fields of many are read at every tick, long after their last use
 class Sequence:
     """A request under way. What was *scheduled* is counted apart from what *came back*: a pipeline lies between."""
 
@@ -189,6 +189,7 @@ class Sequence:
     tokens_scheduled: int = 0
     tokens: list[int] = field(default_factory=list)
     due_s: float = math.inf  # when the first token is to be there, on the executor's clock
+    forgiven_s: float = math.inf  # until when it may have to stand back for being late
     work_s: float = 0.0  # predicted seconds of the whole prefill alone
     left_s: float = 0.0  # those of what has not been scheduled
     logits: dict[int, np.ndarray] = field(default_factory=dict)  # by prompt position, where asked for

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,11 +19,18 @@ class WaitingQueue:
 
     def __init__(self, policy: str | None, demote_late: bool = False):
         self._policy, self._demote_late = policy, demote_late
-        self._sequences: list[Sequence] = []
-        # In seconds, of each: arrival, deadline, work, and work but at least LEAST_WORK_S. The table grows by doubling,
-        # and keeps the order of the list.
-        self._facts = np.zeros((4, 16))
+        self._next_number = itertools.count()
+        self._sequences: dict[int, Sequence] = {}  # by numbers that they get as they come
+        self._numbers: dict[Sequence, int] = {}
+        # Of each its number, and in seconds: arrival, deadline, work, work but at least LEAST_WORK_S, and `forgiven_s`.
+        # The table grows by doubling, and is in the order of the numbers.
+        self._facts = np.zeros((6, 16))
         self.tokens = 0  # of all prompts
+
+    @property
+    def strict(self) -> bool:
+        """Whether nobody ever passes another."""
+        return self._policy is None or self._policy.startswith("fcfs")
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -30,15 +39,17 @@ class WaitingQueue:
         count = len(self._sequences)
         if count == self._facts.shape[1]:
             self._facts = np.concatenate([self._facts, np.zeros_like(self._facts)], axis=1)
-        work_s = sequence.work_s
-        self._facts[:, count] = sequence.timeline.arrival_s, sequence.due_s, work_s, max(work_s, LEAST_WORK_S)
-        self._sequences.append(sequence)
+        number, work_s = next(self._next_number), sequence.work_s
+        self._sequences[number], self._numbers[sequence] = sequence, number
+        unit_s, arrival_s = max(work_s, LEAST_WORK_S), sequence.timeline.arrival_s
+        self._facts[:, count] = number, arrival_s, sequence.due_s, work_s, unit_s, sequence.forgiven_s
         self.tokens += len(sequence.request.prompt)
 
     def remove(self, sequence: Sequence) -> None:
-        at, count = self._sequences.index(sequence), len(self._sequences)
+        number, count = self._numbers.pop(sequence), len(self._sequences)
+        at = self._facts[0, :count].searchsorted(number)
         self._facts[:, at : count - 1] = self._facts[:, at + 1 : count]
-        del self._sequences[at]
+        del self._sequences[number]
         self.tokens -= len(sequence.request.prompt)
 
     def in_order(self, now_s: float) -> Iterator[tuple[Sequence, bool]]:
@@ -47,29 +58,29 @@ class WaitingQueue:
         What has slack lets others pass; what is late, or came first under fcfs, does not: nobody waits for ever.
         """
         if self._policy is None or not self._sequences:
-            yield from ((sequence, False) for sequence in list(self._sequences))
+            yield from ((sequence, False) for sequence in list(self._sequences.values()))
             return
         # Nothing is done: all work is left. Whoever is admitted on the way is removed: the order is that of before.
-        arrival_s, due_s, left_s, unit_s = self._facts[:, : len(self._sequences)].copy()
+        numbers, arrival_s, due_s, left_s, unit_s, forgiven_s = self._facts[:, : len(self._sequences)].copy()
         keys = key_of(self._policy)(now_s, arrival_s, due_s, left_s, unit_s)
         patient = due_s - now_s - left_s > 0
-        if self._policy.startswith("fcfs"):
+        if self.strict:
             patient[:] = False
         if self._demote_late:
-            behind = demoted(now_s, arrival_s, due_s, left_s)
+            behind = demoted(now_s, due_s, left_s, forgiven_s)
             keys, patient = keys + DEMOTED * behind, patient | behind
-        snapshot = list(self._sequences)
         for at in _ascending(keys):
-            yield snapshot[at], bool(patient[at])
+            yield self._sequences[numbers[at]], bool(patient[at])
 
 
 def _ascending(keys: np.ndarray) -> Iterator[int]:
     """The positions of keys in ascending order, ties as they stand; the first few without sorting them all."""
-    if len(keys) <= FEW:
-        yield from keys.argsort(kind="stable").tolist()
-        return
-    yield int(keys.argmin())  # often the only one asked for
-    few = keys <= np.partition(keys, FEW)[FEW]
-    for some, begin in ((few, 1), (~few, 0)):
-        (at,) = some.nonzero()
-        yield from at[keys[at].argsort(kind="stable")][begin:].tolist()
+    taken: set[int] = set()
+    while len(taken) < FEW:
+        at = int(keys.argmin())
+        if keys[at] == math.inf:
+            break
+        yield at
+        keys[at] = math.inf
+        taken.add(at)
+    yield from (at for at in keys.argsort(kind="stable").tolist() if at not in taken)
