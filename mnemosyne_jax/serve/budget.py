@@ -160,7 +160,8 @@ class TickBudget:
                 return size - taken
         return 0
 
-    # What a search does not change is looked up once, before it begins. It stays within `_room`.
+    # What a search does not change is looked up once, before it begins. It stays within `_room`, and sums in the order
+    # of `TickTime.seconds`: the same bits.
 
     def _fits_one(self, sequence: Sequence, group: int, budget_s: float) -> Callable[[int], bool]:
         """Whether a chunk of a prompt keeps the budget that has all of its keys in one group."""
@@ -171,7 +172,7 @@ class TickBudget:
         def fits(tokens: int) -> bool:
             area = taken + tokens
             program_s = program_s_of(shared, area if area > private else private)
-            return program_s is not None and program_s + so_far_s + chunk_s(tokens, before, tokens) <= budget_s
+            return program_s is not None and program_s + (so_far_s + chunk_s(tokens, before, tokens)) <= budget_s
 
         return fits
 
@@ -182,10 +183,10 @@ class TickBudget:
 
         def fits(tokens: int) -> bool:
             program_s = self._time.program_s(max(self._shared, self.load.shared_tokens + tokens), self._private)
-            return program_s is not None and all(
-                program_s + so_far_s + chunk_s(tokens, before, span.local_tokens(start + tokens, page_tokens) - before)
-                <= budget_s
-                for so_far_s, span, before in held
-            )
+            if program_s is None:
+                return False
+            own = (span.local_tokens(start + tokens, page_tokens) - before for _, span, before in held)
+            chunks = (so_far_s + chunk_s(tokens, before, n) for (so_far_s, _, before), n in zip(held, own, strict=True))
+            return all(program_s + attention_s <= budget_s for attention_s in chunks)
 
         return fits
