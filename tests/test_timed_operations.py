@@ -76,10 +76,10 @@ class TimedWorld(World):
         forced = self.scheduler.forced_chunks - forced
         if not forced:
             assert not batch.chunks or seconds <= budget_s * SLOP, "chunks made a tick too long"
-        else:  # one, the smallest there is, in place of chunks that fit; a long prompt may have had to yield
+        else:  # one, the smallest there is, in place of chunks that fit
             (row,) = batch.chunks
             assert forced == 1 and row.length <= STEP
-            assert seconds * SLOP > budget_s * (1 - self.serve.long_yield), "a forced chunk would have fitted"
+            assert seconds * SLOP > budget_s, "a forced chunk would have fitted"
         for g in range(self.mesh.kvp):
             of_group = [row for row in batch.chunks if g in {span.group for span in row.spans}]
             assert sum(len(row.request.prompt) > self.serve.span_tokens for row in of_group) <= 1

@@ -234,7 +234,7 @@ class Scheduler:
             length = area.yielding(s, budget.largest_chunk(s, room, budget_s * share, step), share, step)
             if not length and self.tick - self._last_chunk_tick >= serve.least_chunk_every:
                 length = min(step, room, len(s.request.prompt) - s.prompt_scheduled)
-                self.forced_chunks += 1
+                self.forced_chunks += not budget.largest_chunk(s, length, budget_s, step)  # or it only had to yield
             if length:
                 long_groups |= groups
                 budget.add_chunk(s, length)
