@@ -44,7 +44,7 @@ def partials(
     """
     K, rows_in, H = q_NKMH.shape[1:]
     B = kv_LP2KBH.shape[4]
-    # The interpreter of a CPU knows no clusters: there one CTA takes a whole tile.
+    # The interpreter of a CPU knows no clusters: there one CTA takes a whole tile, in four warpgroups if need be.
     tiling = dataclasses.replace(work.tiling, ctas=1) if interpret else work.tiling
     items, groups = work.items_IW.shape[0], tiling.warpgroups
     dtype, together = kv_LP2KBH.dtype, gcd(K, tiling.heads_together or K)
