@@ -1,9 +1,9 @@
 """The work list of a tick: ragged attention cut into items that keep every SM busy, whatever the mix.
 
 Queries are cut into tiles, the keys of each tile into runs of pages of one common length: the mean over what the chip
-can hold. One long row, a thousand short ones, or both: no item is longer than that mean (or `least_pages`), so no SM
-works much longer than another. All of it is a few sorts and sums over rows + items on the device, made once a tick
-and shared by all layers; bounds are data, so one compiled program serves every context length.
+can hold, or what has all SMs end together. One long row, a thousand short ones, or both: no item is longer than that
+(or `least_pages`), so no SM works much longer than another. All of it is a few sorts and sums over rows + items on the
+device, made once a tick and shared by all layers; bounds are data, so one compiled program serves every context length.
 
 Shapes: N tiles, t queries and M rows in a tile, I items, W int32 words of an item, and those of `reference`.
 """
@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 SMS = 132  # of an H100 SXM or an H200
+MOST_PARTS = 33  # of the longest tile, among the cuts that are tried
+ITEM_PAGES = 2  # what it takes to begin and end an item, in pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Tiling:
     """How a kernel cuts its work. `rows` of queries (tokens x heads of one kv head) make a tile, 64 a warpgroup.
 
     `stages` pages of keys and values are in flight; `waves` CTAs for each SM are aimed at, no item below `least_pages`.
+    Where CTAs are few, some SMs could have one more than others: `even` aims at up to `waves`, as many as end together.
     CTAs of `heads_together` kv heads (all if None) run side by side, item by item, before the next heads' turn. A tile
     is shared by the `ctas` of a cluster, each of which reads a part of every page for all.
     """
@@ -34,6 +37,11 @@ class Tiling:
     least_pages: int
     heads_together: int | None = None
     ctas: int = 1
+    even: bool = False
+
+    def items_of_a_head(self, kv_heads: int, waves: int) -> int:
+        """How many there are if they come to so many waves, at least one."""
+        return max(1, waves * SMS // (kv_heads * self.ctas))
 
     @property
     def warpgroups(self) -> int:
@@ -113,12 +121,11 @@ def work_list(
     pages_N = jnp.clip(jnp.minimum(reach_N, -(-kv_len_N // B)), 0)
     whole_N = jnp.minimum(((lowest_N + 1) // B - 1 - start_N) // stride_N + 1, kv_len_N // B)
 
-    aimed_at = max(1, tiling.waves * SMS // (kv_heads * tiling.ctas))
-    longest = jnp.maximum(-(-pages_N.sum() // aimed_at), tiling.least_pages)
+    longest = _longest(pages_N, kv_heads, tiling)
     partials_N = -(-pages_N // longest)
     partials_seen_N = jnp.cumsum(partials_N)
     first_partial_N = partials_seen_N - partials_N
-    i_I = jnp.arange(N + aimed_at)
+    i_I = jnp.arange(N + tiling.items_of_a_head(kv_heads, tiling.waves))
     tile_I = _owner(partials_seen_N, len(i_I))
     split_I = i_I - first_partial_N[tile_I]
     begin_I = split_I * longest
@@ -148,6 +155,33 @@ def work_list(
     rows_beyond = tiling.rows - t * heads_per_kv
     positions_NM = jnp.pad(positions_NM, ((0, 0), (0, rows_beyond)), constant_values=-1)
     return Work(items_IW, tokens_Nt, positions_NM, merges_TW, tiling)
+
+
+def _longest(pages_N: jax.Array, kv_heads: int, tiling: Tiling) -> jax.Array:
+    """Pages of the longest item."""
+    aimed_at = tiling.items_of_a_head(kv_heads, tiling.waves)
+    least = jnp.maximum(-(-pages_N.sum() // aimed_at), tiling.least_pages)
+    if not tiling.even:
+        return least
+    items_W = jnp.array([tiling.items_of_a_head(kv_heads, waves + 1) for waves in range(tiling.waves)])
+    parts_P = jnp.arange(MOST_PARTS) + 1
+    length_C = jnp.maximum(jnp.concatenate([-(-pages_N.sum() // items_W), -(-pages_N.max() // parts_P)]), least)
+    return length_C[jnp.argmin(_pages_until_all_end(pages_N, length_C, kv_heads, SMS // tiling.ctas))]
+
+
+def _pages_until_all_end(pages_N: jax.Array, length_C: jax.Array, kv_heads: int, ctas: int) -> jax.Array:
+    """How long so many CTAs at a time take for items of at most `length_C` pages.
+
+    First full ones, in waves; then what is left of tiles, in the room of the last wave, and in waves of their own.
+    """
+    rest_CN = pages_N % length_C[:, None]
+    full_C = kv_heads * (pages_N // length_C[:, None]).sum(1)
+    rests_C = kv_heads * (rest_CN > 0).sum(1)
+    full_time_C, rest_time_C = length_C + ITEM_PAGES, rest_CN.max(1) + ITEM_PAGES
+    waves_C = -(-full_C // ctas)
+    room_C = (waves_C * ctas - full_C) * (full_time_C // rest_time_C)
+    more_waves_C = -(-jnp.maximum(rests_C - room_C, 0) // ctas)
+    return waves_C * full_time_C + more_waves_C * rest_time_C
 
 
 def _owner(seen_X: jax.Array, count: int) -> jax.Array:

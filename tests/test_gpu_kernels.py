@@ -353,7 +353,7 @@ def test_no_cut_changes_the_result():
     want, results = case.expected(), []
     for tiling in (
         Tiling(rows=64, stages=2, waves=1, least_pages=1),
-        Tiling(rows=128, stages=4, waves=4, least_pages=2),
+        Tiling(rows=128, stages=4, waves=4, least_pages=2, even=True),
         Tiling(rows=192, stages=3, waves=16, least_pages=1),
         Tiling(rows=128, stages=2, waves=16, least_pages=1, heads_together=1),
         Tiling(rows=256, stages=2, waves=16, least_pages=1, heads_together=1, ctas=2),

@@ -1,6 +1,7 @@
 """The work list against brute force over every query and key: covered once, cut evenly, for any context length."""
 
 import functools
+import heapq
 from typing import NamedTuple
 
 import jax
@@ -32,7 +33,8 @@ class Cut(NamedTuple):
 
 # Every tile, head count, wave count and least length, with one query a tile (tokens <= rows) and with many.
 CUTS = [
-    Cut(tokens, rows, heads, kv_heads, Tiling(tile, 2, waves, least))
+    Cut(tokens, rows, heads, kv_heads, Tiling(tile, 2, waves, least, even=even))
+    for even in (False, True)
     for tokens, rows, heads, kv_heads, tile, waves, least in [
         (60, 5, 1, 1, 64, 1, 1),
         (150, 6, 3, 2, 64, 1, 2),
@@ -177,9 +179,9 @@ def check_merges(work, n, tokens, mine):
 
 
 def check_items(cut, items, pages):
-    """No item is longer than the mean, so few; long ones come first, by the pages they read, and empty ones last."""
+    """Items are as long as they should be, so few; long ones come first, by the pages they read, empty ones last."""
     lengths = [len(pages_of(item)) for item in items]
-    longest = cut.longest(sum(pages))
+    longest = max(lengths[0], 1) if cut.tiling.even else cut.longest(sum(pages))
     assert sum(lengths) == sum(pages) and max(lengths) <= longest
     assert np.count_nonzero(lengths) == sum(-(-n // longest) for n in pages)
     assert lengths == sorted(lengths, reverse=True)
@@ -231,3 +233,25 @@ def test_one_long_row_among_short_ones_is_shared_out(kv_heads):
     contexts = np.random.default_rng(0).integers(1, 2000, 256)
     contexts[100] = 10_000_000
     check_long_rows(cut, long_rows(cut, contexts, 1))
+
+
+def until_all_end(work: Work, kv_heads: int) -> int:
+    """Pages until the last SM has ended, each taking the next item of the next head when it is free."""
+    ends = [0] * (SMS // work.tiling.ctas)
+    for item in (Item(*words) for words in work.items_IW.tolist()):
+        for _ in range(kv_heads if pages_of(item) else 0):
+            heapq.heappush(ends, heapq.heappop(ends) + len(pages_of(item)))
+    return max(ends)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 8])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_chunk_of_any_size_keeps_every_sm_busy(head_dim, kv_heads):
+    """Chunks of 16 to 992 tokens over 200K keys: the last SM ends at most 15% after the mean, on average 4%."""
+    tiling, over_the_mean = mosaic.prefill_tiling(992, 4, kv_heads, head_dim), []
+    cut = Cut(992, 5, 4, kv_heads, tiling)
+    for chunk in range(16, 993, 16):
+        work = listed(cut, long_rows(cut, [200_000, 0, 0, 0, 0], chunk), mosaic.PAGE_TOKENS)
+        pages = sum(len(pages_of(Item(*words))) for words in work.items_IW.tolist()) * kv_heads
+        over_the_mean.append(until_all_end(work, kv_heads) / (pages / SMS))
+    assert max(over_the_mean) < 1.15 and np.mean(over_the_mean) < 1.04
