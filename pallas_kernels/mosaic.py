@@ -27,7 +27,7 @@ def prefill_tiling(tokens: int, heads_per_kv: int, kv_heads: int, head_dim: int)
     tile = 192 if head_dim == 64 and rows >= 512 else 128
     if rows * kv_heads < 2 * SMS * tile:
         return Tiling(rows=tile, stages=2, waves=5, least_pages=4, even=True)
-    pair: dict[str, int] = dict(rows=256, ctas=2) if head_dim == 128 else dict(rows=tile)
+    pair: dict[str, Any] = dict(rows=256, ctas=2) if head_dim == 128 else dict(rows=tile)
     return Tiling(**pair, stages=2, waves=32, least_pages=16, heads_together=1)
 
 
