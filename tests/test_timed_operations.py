@@ -71,6 +71,7 @@ class TimedWorld(World):
         ending = {id(row.request) for row in batch.chunks if row.last}
         decoding = any(s.tokens_scheduled and id(s.request) not in ending for s in self.scheduler.sequences.values())
         budget_s = self.serve.tbt_slo_s / self.mesh.spp if decoding else self.serve.idle_tick_s
+        budget_s /= self.scheduler.pace.ratio  # the clock of the executor knows nothing of loads
         older = list(self.executor.history)[: self.mesh.spp - 1]
         seconds = self.time.seconds(tuple(self.load(one) for one in (batch, *older)))
         forced = self.scheduler.forced_chunks - forced

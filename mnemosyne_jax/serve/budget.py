@@ -116,6 +116,11 @@ class TickBudget:
         shared = sequence.group is None
         self._take(self._time.with_chunk(self.load, sequence.spans, shared, sequence.prompt_scheduled, tokens))
 
+    @property
+    def seconds(self) -> float:
+        """That the tick is predicted to take as it is."""
+        return (self._time.program_s(self._shared, self._private) or 0.0) + self._attention_s
+
     def full(self, budget_s: float) -> bool:
         """Whether it is certain that no chunk of any prompt, in one group or in all, keeps `budget_s`."""
         for group in range(len(self.load.attention_s)):

@@ -20,6 +20,7 @@ class Loop:
     keep_batches: bool = False
     batches: list[Batch] = field(default_factory=list)
     _in_flight: int = 0  # ticks since the last batch that was not empty, counted down
+    _ended: tuple[int, float] | None = None  # the tick whose result was read last, and when
 
     @property
     def idle(self) -> bool:
@@ -31,10 +32,13 @@ class Loop:
     ) -> tuple[list[Sequence], list[Sequence]]:
         """Runs one tick: (sequences that arrived, sequences that moved on).
 
-        In a run of several processes the arrivals, cancels and time of process 0 hold in all of
+        In a run of several processes the arrivals, cancels and times of process 0 hold in all of
         them, so that all schedule alike. Requests must have been checked.
         """
-        now_s, arrivals, cancels = self.executor.agree((self.executor.now(), arrivals, cancels))
+        now_s, ended, arrivals, cancels = self.executor.agree((self.executor.now(), self._ended, arrivals, cancels))
+        if ended:
+            self.scheduler.pace.end(*ended)
+        self._ended = None
         arrived = [self.scheduler.enqueue(request) for request in arrivals]
         for id in cancels:
             self.scheduler.cancel(id)
@@ -45,4 +49,7 @@ class Loop:
         if self.keep_batches:
             self.batches.append(batch)
         result = self.executor.step(batch)
-        return arrived, self.scheduler.commit(result) if result else []
+        if not result:
+            return arrived, []
+        self._ended = result.batch.tick + self.scheduler.mesh.spp - 1, result.time_s
+        return arrived, self.scheduler.commit(result)

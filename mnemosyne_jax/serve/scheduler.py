@@ -13,6 +13,7 @@ from mnemosyne_jax.serve.batch import Batch, ChunkRow, DecodeRow
 from mnemosyne_jax.serve.budget import BatchLoad, TickBudget, TickTime
 from mnemosyne_jax.serve.chunking import STEP, ChooseChunk, largest_chunk
 from mnemosyne_jax.serve.executor import NOT_FINITE, StepResult
+from mnemosyne_jax.serve.pace import Pace
 from mnemosyne_jax.serve.placement import Places
 from mnemosyne_jax.serve.policy import PrefillTimes, estimate, is_short, priority_at, relative_slack
 from mnemosyne_jax.serve.request import Phase, Request, Sequence, Timeline, checked
@@ -27,8 +28,8 @@ class Scheduler:
     """Sole owner of Sequences and of their Places. It never reads a clock and never sees a token before it must.
 
     `fits(shared_tokens, private_tokens)` says whether a compiled program holds these chunk areas. With `prefill_times`
-    requests go in the order of the policy, without in order of arrival. With `tick_time` chunks fill a time budget,
-    without a token budget, as `choose_chunk` says.
+    requests go in the order of the policy, without in order of arrival. With `tick_time` chunks fill a time budget, at
+    the `pace` that ticks were seen to have; without a token budget, as `choose_chunk` says.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Scheduler:
             [BatchLoad.empty(mesh.kvp)] * (mesh.spp - 1), maxlen=mesh.spp - 1
         )  # of the pipe, newest first
         self._empty, self._area = BatchLoad.empty(mesh.kvp), ChunkRoom(serve, mesh.kvp, fits)
-        self._last_chunk_tick = -1
+        self.pace, self._last_chunk_tick = Pace(), -1
         self.forced_chunks = 0  # chunks that ran although their tick was predicted to be over budget
         self.crowded_ticks = 0  # ticks whose decodes alone were
         self.places = Places(serve, mesh, pool_pages)
@@ -112,6 +113,8 @@ class Scheduler:
     def enqueue(self, request: Request) -> Sequence:
         """The Sequence of a checked request, queued. Refuses nothing: a deadline may have passed since the check."""
         assert request.id not in self.sequences, f"request {request.id} is already queued or running"
+        if self.idle:
+            self.pace.rest()
         sequence = Sequence(request, Timeline(arrival_s=request.arrival_s or 0.0))
         if self._prefill_times:
             estimate(sequence, self._prefill_times)
@@ -212,7 +215,7 @@ class Scheduler:
     ) -> Iterable[ChunkRow]:
         """Chunks by time budget; at most one long prompt in any group."""
         serve, load = self.serve, tick_time.with_decodes(self._empty, decodes)
-        budget_s = serve.tbt_slo_s / self.mesh.spp if self._decoding else serve.idle_tick_s
+        budget_s = (serve.tbt_slo_s / self.mesh.spp if self._decoding else serve.idle_tick_s) / self.pace.ratio
         decodes_s = (tick_time.program_s(0, 0) or 0.0) + max(load.attention_s)
         if decodes and decodes_s > budget_s:
             self._say_crowded(decodes_s, budget_s)
@@ -244,6 +247,7 @@ class Scheduler:
                     break
             elif (without_room := without_room + 1) == MOST_PASSED:
                 break
+        self.pace.expect(self.tick, budget.seconds)
         self._loads.appendleft(budget.load)
 
     def _say_crowded(self, predicted_s: float, budget_s: float) -> None:

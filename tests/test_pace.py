@@ -1,0 +1,86 @@
+"""A scheduler on a device that is slower or faster than predicted keeps its budget by what it sees."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, ServeConfig
+from mnemosyne_jax.planning import tick_time, times_alone
+from mnemosyne_jax.serve.engine import Loop
+from mnemosyne_jax.serve.pace import Pace
+from mnemosyne_jax.serve.request import Request
+from mnemosyne_jax.serve.scheduler import Scheduler
+from mnemosyne_jax.serve.simulation import SimExecutor
+
+MODEL = ModelConfig(width=64, ffn=128, vocab=97, layers=12, heads=4, kv_heads=2, head_dim=16)
+EXPECTED = HardwareConfig(matmul_flops_per_s=2e12, hbm_bytes_per_s=5e11, layer_overhead_s=0.0, tick_overhead_s=2e-4)
+SERVE = ServeConfig(
+    page_tokens=16, private_rows=4, chunk_tokens=2048, chunk_buckets=(128, 512, 2048), tbt_slo_s=0.010,
+    idle_tick_s=0.020, policy="lars",
+)  # fmt: skip
+
+
+def slower(factor: float) -> HardwareConfig:
+    rates = {name: getattr(EXPECTED, name) / factor for name in ("matmul_flops_per_s", "hbm_bytes_per_s")}
+    return replace(EXPECTED, **rates, tick_overhead_s=EXPECTED.tick_overhead_s * factor)
+
+
+def served(factor: float, mesh: MeshSpec):
+    """(the pace found, seconds of each tick with a chunk and a decode) of a long prompt beside a decode."""
+    expected, real = (tick_time(MODEL, hardware, mesh, SERVE) for hardware in (EXPECTED, slower(factor)))
+    scheduler = Scheduler(
+        SERVE, mesh, pool_pages=4000, vocab=97, fits=lambda *tokens: expected.program_rows(*tokens) is not None,
+        tick_time=expected, prefill_times=times_alone(expected, SERVE, 64_000),
+    )  # fmt: skip
+    executor = SimExecutor(SERVE, mesh, real)
+    loop = Loop(scheduler, executor, keep_batches=True)
+    prompts = np.zeros(16, np.int32), np.zeros(15_000, np.int32)
+    requests = [Request(i, prompts[i], (4000, 1)[i], 0.0, stop_ids=()) for i in range(2)]
+    arrived, _ = loop.tick([scheduler.check(request, 0.0) for request in requests])
+    while not arrived[1].finished:
+        loop.tick()
+    took = zip(loop.batches, executor.ticks_s, strict=True)
+    return scheduler.pace.ratio, [seconds for batch, seconds in took if batch.chunks and batch.decodes]
+
+
+@pytest.mark.parametrize("mesh", [MeshSpec(), MeshSpec(spp=2)], ids=str)
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.15, 1.6])
+def test_ticks_fill_the_budget_of_the_device_that_there_is(mesh, factor):
+    """Ticks of a device that is slower than predicted are longer than the budget until that is seen, then no longer."""
+    ratio, seconds = served(factor, mesh)
+    budget_s, later = SERVE.tbt_slo_s / mesh.spp, seconds[24:]
+    assert ratio == pytest.approx(factor, rel=0.02)
+    assert len(later) > 5
+    assert max(later) < 1.02 * budget_s
+    assert np.mean(later) > 0.7 * budget_s
+    if factor > 1:
+        assert max(seconds[:4]) > 1.05 * budget_s
+
+
+def test_a_right_prediction_stays_as_it_is():
+    """To the bit: a budget that is met exactly stays met."""
+    pace, now_s = Pace(), 0.0
+    for tick in range(100):
+        pace.expect(tick, 0.1)
+        now_s += 0.1
+        pace.end(tick, now_s)
+        assert pace.ratio == 1.0
+
+
+def test_what_is_no_tick_says_nothing():
+    """Time without work, ticks without an expectation; and a pause of the host says little."""
+    pace = Pace()
+    pace.end(-1, 0.0)
+    pace.end(0, 50.0)  # nothing was expected of it
+    pace.rest()
+    pace.expect(1, 0.1)
+    pace.end(1, 99.0)  # the first after a rest
+    assert pace.ratio == 1.0
+    pace.expect(2, 0.1)
+    pace.end(2, 199.0)
+    assert 1.0 < pace.ratio < 1.2
+    for tick in range(3, 60):
+        pace.expect(tick, 0.1)
+        pace.end(tick, 199.0 + 0.1 * (tick - 2))
+    assert pace.ratio == pytest.approx(1.0, abs=2e-3)
