@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import results
 from experiments.bench_engine_record import RIVAL, RIVAL_POINTS, TBT, TTFT, floors
 from mnemosyne_jax.config import MeshSpec, ModelConfig, from_yaml
+
+MARKERS = "os^Dv"
 
 
 def together(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -37,9 +41,10 @@ def figure(record: Mapping[str, Any]) -> Any:
         shape = Path(path).stem
         for axes, (name, unit, column) in zip(row, columns, strict=True):
             ours = [r for r in record["rows"] if r["name"] == name and r.get("shape") == shape]
-            for label in dict.fromkeys(_label(r) for r in ours):
-                points = sorted((r["context"], r["value"]) for r in ours if _label(r) == label)
-                axes.plot(*zip(*points, strict=True), "o-", linewidth=2, markersize=5, label=label)
+            for number, label in enumerate(dict.fromkeys(_label(r) for r in ours)):
+                points = _points(ours, label)
+                marker: Any = dict(marker=MARKERS[number % len(MARKERS)], markersize=6, markerfacecolor="none")
+                axes.plot(*zip(*points, strict=True), linewidth=1.5, label=label, **marker)
             rival = [(context, point[column]) for context, point in RIVAL_POINTS.get(shape, {}).items()]
             if rival:
                 axes.plot(*zip(*rival, strict=True), "x--", color="black", linewidth=1.2, label=RIVAL)
@@ -50,6 +55,7 @@ def figure(record: Mapping[str, Any]) -> Any:
                 axes.plot(contexts, lows, ":", color="grey", label="floor of this run's matmul or copy")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            results.plain_log(axes.yaxis)
             axes.set_title(f"{shape}: {name}")
             axes.set_xlabel("context (tokens)")
             axes.set_ylabel(f"{name} ({unit})")
@@ -59,6 +65,14 @@ def figure(record: Mapping[str, Any]) -> Any:
     versions, device = record["versions"], record["device"]
     drawn.suptitle(f"{device['kind']}, {mesh}, bf16, one request; jax {versions['jax']}", fontsize="medium")
     return drawn
+
+
+def _points(rows: Sequence[Mapping[str, Any]], label: str) -> list[tuple[int, float]]:
+    """Contexts and values of one line, each as often as it was measured. A context that only other lines have is a gap:
+    nothing is drawn across it."""
+    mine = sorted((row["context"], row["value"]) for row in rows if _label(row) == label)
+    others = {row["context"] for row in rows} - {context for context, _ in mine}
+    return sorted([*mine, *((context, math.nan) for context in others)])
 
 
 def _label(row: Mapping[str, Any]) -> str:

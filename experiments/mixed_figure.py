@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments import results
 from experiments.kernel_record import Found
 from mnemosyne_jax.config import MeshSpec
 
@@ -190,7 +191,8 @@ def together(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def figure(record: Mapping[str, Any]) -> Any:
-    """How long which share of requests waited, and the ticks of each variant, as a matplotlib Figure.
+    """How long which share of requests waited, and the ticks of each variant, as a matplotlib Figure. Without short
+    requests there is no panel of their TTFT.
 
     Raises: ImportError without matplotlib.
     """
@@ -200,22 +202,25 @@ def figure(record: Mapping[str, Any]) -> Any:
     shape, context, others = Path(config["model"]).stem, config["long_tokens"], beside(config)
     drawn = Figure(figsize=(12, 4.4 + 2.6 * len(runs)), layout="constrained")
     grid = drawn.add_gridspec(1 + len(runs), 2, height_ratios=[1.6] + [1] * len(runs))
-    ttft, tbt = (drawn.add_subplot(grid[0, column]) for column in range(2))
+    ttft = drawn.add_subplot(grid[0, 0]) if any(run["short_ttft_s"] for run in runs.values()) else None
+    tbt = drawn.add_subplot(grid[0, 1] if ttft else grid[0, :])
     for variant, run in runs.items():
-        if run["short_ttft_s"]:
+        if ttft and run["short_ttft_s"]:
             ttft.ecdf([s or math.inf for s in run["short_ttft_s"]], label=variant, linewidth=2)
         if gaps_s := run["short_tbt_s"] + run["decode_tbt_s"]:
             tbt.ecdf(gaps_s, label=variant, linewidth=2)
     for marker, (setting, points) in zip("xo^s", RIVAL_POINTS.get((shape, context, others), {}).items(), strict=False):
         style: Any = dict(color="grey", linewidth=1, label=f"{RIVAL}: {setting}")
-        ttft.plot(points[0], (0.5, 0.99), f"{marker}:", **style)
+        if ttft:
+            ttft.plot(points[0], (0.5, 0.99), f"{marker}:", **style)
         tbt.plot([ms / 1e3 for ms in points[1]], (0.5, 0.99), f"{marker}:", **style)
     tbt.axvline(config["serve"]["tbt_slo_s"], color="black", linestyle=":", label="SLO")
     for axes, name in ((ttft, "time to first token of short requests (s)"), (tbt, "time between tokens (s)")):
-        axes.set(xscale="log", xlabel=name, ylabel="share")
-        axes.grid(alpha=0.25, which="both")
+        if axes:
+            axes.set(xscale="log", xlabel=name, ylabel="share")
+            axes.grid(alpha=0.25, which="both")
+            results.plain_log(axes.xaxis)
     drawn.legend(*tbt.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small", frameon=False)
-    ttft.set_visible(bool(ttft.lines))
     for row, (variant, run) in enumerate(runs.items(), start=1):
         _draw_ticks(drawn.add_subplot(grid[row, :]), variant, run["ticks"])
     work = f"{shape}, {context:,} tokens beside {others}; {MeshSpec(**config['mesh'])}, jax {record['versions']['jax']}"

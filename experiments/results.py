@@ -81,6 +81,18 @@ def save_png(figure: Callable[[Mapping[str, Any]], Any], made: Mapping[str, Any]
     return True
 
 
+def plain_log(axis: Any) -> None:
+    """Labels a logarithmic axis of a picture 0.1 and 20, not 10^-1 and 2 x 10^1."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
+
+
 def check(made: Mapping[str, Any]) -> bool:
     """Whether every must is met; prints each as met or missed, and each aim as reached or not yet."""
     kept = True

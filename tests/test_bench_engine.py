@@ -107,6 +107,9 @@ def test_picture_is_drawn_and_drawn_again(run):
     others = [record.RIVAL, "floor of this run's matmul or copy"]
     assert [line.get_label() for line in left.get_lines()] == [*ours, *others]
     assert [line.get_label() for line in right.get_lines()] == [*ours, "ours, cache filled", *others]
+    by_label = {line.get_label(): np.array(line.get_ydata()) for line in right.get_lines()}
+    assert np.isnan(by_label["ours, cache filled"]).tolist() == [True, True, False]  # no line across what others have
+    assert np.isnan(by_label[ours[0]]).tolist() == [False, False, True]
     vllm = right.get_lines()[-2]
     assert list(vllm.get_xdata()) == [8_192, 32_768, 131_072, 393_216] and vllm.get_ydata()[-1] == 23.9
 

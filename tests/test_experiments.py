@@ -145,6 +145,22 @@ def test_musts_are_met_or_missed(capsys, tmp_path):
         results.row("speed", 3.0, "s", must="less than 4")
 
 
+def test_logarithmic_axes_have_plain_numbers():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    drawn = Figure()
+    for low, high, labels in ((0.015, 0.035, ["0.02", "0.03"]), (0.05, 20, ["0.1", "1", "10"])):
+        axes = drawn.add_subplot()
+        axes.set(yscale="log", ylim=(low, high))
+        results.plain_log(axes.yaxis)
+        drawn.draw_without_rendering()
+        ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+        assert [
+            tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()
+        ] == labels
+
+
 def test_command_line_says_what_it_refuses(capsys):
     assert command_line.read(generate.GenerateConfig, ["--check", "--mesh.tp", "2"]).check
     assert not command_line.read(generate.GenerateConfig, ["--check", "false"]).check
