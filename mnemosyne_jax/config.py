@@ -226,8 +226,9 @@ class HardwareConfig:
     guesses of the field's usual figures until `calibrate` has fitted them (`fitted`). Of HBM's rate, weights, keys and
     values and activations (what is read and written between matrix products) each reach a share. The softmax of a pair
     of query and key takes as long as the products of `softmax_dims` more head dimensions, at `attention_share` of the
-    matmul rate. A layer loses `layer_overhead_s` to the starts and ends of its kernels; a program of `overhead_rows`
-    rows loses half of it.
+    matmul rate; it comes in tiles of `tile_rows` queries times heads of a kv head, full or not, and in half as many
+    again at a head dim of 64. A layer loses `layer_overhead_s` to the starts and ends of its kernels; a program of
+    `overhead_rows` rows loses half of it.
     """
 
     name: str = "cpu"
@@ -243,6 +244,7 @@ class HardwareConfig:
     activation_share: float = 0.8
     link_share: float = 0.75
     softmax_dims: float = 40.0
+    tile_rows: int = 1
     layer_overhead_s: float = 8e-5
     overhead_rows: float = 12.0
     tick_overhead_s: float = 1e-4

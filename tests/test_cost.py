@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, from_yaml
 from mnemosyne_jax.errors import RequestError
 from mnemosyne_jax.serve.cost import CostModel
+from pallas_kernels import mosaic
 
 LLAMA_1B = from_yaml(ModelConfig, "configs/model/llama-3.2-1b.yaml")
 LLAMA_8B = from_yaml(ModelConfig, "configs/model/llama-3-8b.yaml")
@@ -18,7 +19,7 @@ H100 = from_yaml(HardwareConfig, "configs/hardware/h100.yaml")
 MESHES = [MeshSpec(), MeshSpec(tp=8), MeshSpec(spp=4), MeshSpec(2, 2, 2), MeshSpec(kvp=4)]
 PERFECT = replace(
     H100, matmul_share=1.0, weight_read_share=1.0, attention_share=1.0, kv_read_share=1.0, activation_share=1.0,
-    link_share=1.0, softmax_dims=0.0, layer_overhead_s=0.0, tick_overhead_s=0.0, link_latency_s=0.0,
+    link_share=1.0, softmax_dims=0.0, tile_rows=1, layer_overhead_s=0.0, tick_overhead_s=0.0, link_latency_s=0.0,
 )  # fmt: skip
 loads = st.tuples(*[st.integers(1, 20_000)] * 2, *[st.integers(0, 10_000_000)] * 2)
 
@@ -117,3 +118,16 @@ def test_arrays_cost_what_their_numbers_cost():
 def test_impossible_hardware_is_refused(field, value):
     with pytest.raises(RequestError, match=field):
         replace(H100, **{field: value})
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+@pytest.mark.parametrize("model", [LLAMA_1B, LLAMA_8B], ids=["head dim 64", "head dim 128"])
+def test_attention_is_charged_in_the_tiles_of_the_kernel(model, tp):
+    """One query more than whole tiles costs a tile more; the tiles are those that a chunk of some size is cut into."""
+    cost = CostModel(model, H100, MeshSpec(tp=tp))
+    tiling = mosaic.prefill_tiling(480, cost.heads // cost.kv_heads, cost.kv_heads, model.head_dim)
+    t = cost.tile_tokens
+    assert t == tiling.rows * cost.kv_heads // cost.heads
+    assert cost.chunk_s(5 * t - 1, 10**6) == pytest.approx(cost.chunk_s(5 * t, 10**6), rel=1e-4)
+    assert cost.chunk_s(5 * t + 1, 10**6) == pytest.approx(cost.chunk_s(6 * t, 10**6), rel=1e-4)
+    assert cost.chunk_s(6 * t, 10**6) == pytest.approx(1.2 * cost.chunk_s(5 * t, 10**6), rel=0.02)

@@ -3,7 +3,7 @@
     stage = tick overhead + layers x (layer overhead, less of it where rows are few
             + linear layers: products beside reading the weights, at the rows of the compiled program
             + activations, read and written between the products, at the same rows
-            + chunk attention: products and softmax beside reading keys, for each chunk, at its real tokens
+            + chunk attention: products and softmax beside reading keys, for each chunk, at its tokens in whole tiles
             + decode attention: reading keys
             + messages: two all-reduces over tp, one merge over kvp)
             + unembedding of the sampled rows + the hop to the next stage
@@ -39,6 +39,7 @@ class CostModel:
     kv_heads: int = field(init=False)
     layers: int = field(init=False)  # of one stage
     activation_bytes: float = field(init=False)  # of one row in a layer: read and written between its products
+    tile_tokens: int = field(init=False)  # of a chunk, that attention takes together
     # Of attention, which is asked for many times a tick: seconds of all layers of a stage.
     _pair_s: Number = field(init=False)  # of one query and one key, in all heads
     _key_s: Number = field(init=False)  # of reading one key and value
@@ -50,12 +51,14 @@ class CostModel:
         # Two norms and two residual sums; silu times up; queries, keys and values rotated; attention's output, merged,
         # gathered and cast: three passes over it in float32.
         values = 10 * m.width + 3 * ffn + 2 * (heads + 2 * kv_heads) * m.head_dim
+        tile_rows = h.tile_rows * 3 // 2 if m.head_dim == 64 else h.tile_rows
         pair_flops = 4.0 * heads * (m.head_dim + h.softmax_dims)
         derived = {
             "layer_weights": float(m.width * m.head_dim * (2 * heads + 2 * kv_heads) + 3 * m.width * ffn),
             "heads": heads,
             "kv_heads": kv_heads,
             "layers": layers,
+            "tile_tokens": max(1, tile_rows * kv_heads // heads),
             "activation_bytes": float(self.dtype_bytes * values + 3 * 2 * 4 * heads * m.head_dim),
             "_pair_s": layers * pair_flops / (h.matmul_flops_per_s * h.attention_share),
             "_key_s": layers * 2.0 * kv_heads * m.head_dim * self.dtype_bytes / (h.hbm_bytes_per_s * h.kv_read_share),
@@ -93,7 +96,8 @@ class CostModel:
         `keys_own` are those of the chunk's own tokens that are held here (None: all). A query sees half of them.
         """
         own = tokens if keys_own is None else keys_own
-        return _overlapped_s(self._pair_s * tokens * (keys_before + 0.5 * own), self._key_s * (keys_before + own))
+        queries = -(-tokens // self.tile_tokens) * self.tile_tokens
+        return _overlapped_s(self._pair_s * queries * (keys_before + 0.5 * own), self._key_s * (keys_before + own))
 
     def decode_s(self, keys: Number) -> Number:
         """Attention of decode rows in a stage: `keys` held here of all of them together."""
