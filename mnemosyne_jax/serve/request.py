@@ -193,7 +193,6 @@ class Sequence:
     work_s: float = 0.0  # predicted seconds of the whole prefill alone
     left_s: float = 0.0  # those of what has not been scheduled
     logits: dict[int, np.ndarray] = field(default_factory=dict)  # by prompt position, where asked for
-    next_tick: int = 0  # the first tick whose stage 0 can read this sequence's newest token
     last_tick: int = -1  # the newest tick that carries a row of this sequence
     reason: str = ""  # why it finished: length, stop, cancelled, or an error's text
 
