@@ -146,9 +146,9 @@ class TickBudget:
         most = min(left, room_tokens, self._room(group, budget_s))
         if most < left:
             most -= most % step
-        if not most or not fits(min(most, step)):
-            return 0
-        return most if fits(most) else largest_fitting(left, most, fits, step)  # in most cases it does
+        if not most or fits(most):  # in most cases it does
+            return most
+        return largest_fitting(left, most, fits, step) if fits(min(most, step)) else 0
 
     def _room(self, group: int | None, budget_s: float) -> int:
         """How many tokens more in `group` (None: in all) keep `budget_s`, with no more attention than now."""
