@@ -181,6 +181,7 @@ class Sequence:
     request: Request
     timeline: Timeline
     phase: Phase = Phase.WAITING
+    pages: int = 0  # that it can ever need, in all groups together
     slot: int = -1
     group: int | None = None  # None: shared by all groups
     spans: tuple[Span, ...] = ()
