@@ -62,13 +62,14 @@ def decoding(config: BenchPackingConfig, mesh: MeshSpec, context: int) -> Schedu
     scheduler = Scheduler(serve, mesh, pool_pages=pages, vocab=1, fits=fits)
     for i in range(requests):
         sequence = scheduler.enqueue(Request(f"decode {i}", prompt[:context], ticks, arrival_s=0.0, stop_ids=()))
-        sequence.prompt_scheduled, sequence.tokens_scheduled, sequence.next_tick = context, 1, i % mesh.spp
+        sequence.prompt_scheduled, sequence.tokens_scheduled, sequence.last_tick = context, 1, i % mesh.spp - mesh.spp
     scheduler.enqueue(Request("prompt", prompt[: config.chunk * ticks], 1, arrival_s=0.0, stop_ids=()))
     scheduler._admit(0.0)
     assert scheduler.waiting == 0
-    *scheduler._decoding, prompt_under_way = scheduler.sequences.values()
-    scheduler._prefilling = [prompt_under_way]
-    for sequence in scheduler._decoding:
+    *decoding, _ = scheduler.sequences.values()
+    for sequence in decoding:
+        scheduler._prefilling.remove(sequence)
+        scheduler._decoding.append(sequence)
         sequence.phase = Phase.DECODE
     return scheduler
 

@@ -38,19 +38,19 @@ def test_order_is_that_of_the_policy(policy, asked, now_s, demote_late, data):
     assert queue.tokens == sum(len(sequence.request.prompt) for sequence in sequences)
     key = lambda sequence: priority(policy, sequence, now_s, demote_late)  # noqa: E731
     in_order = sorted(sequences, key=key)  # ties as they came
-    assert [id(s) for s, _ in found] == [id(s) for s in in_order]
-    for sequence, lets_others_pass in found:
+    assert [id(s) for s in found] == [id(s) for s in in_order]
+    for sequence in found:
         late, behind = relative_slack(sequence, now_s) <= 0, key(sequence) >= DEMOTED / 2
-        assert lets_others_pass == (behind or not late and not policy.startswith("fcfs"))
+        assert queue.lets_pass(sequence, now_s) == (behind or not late and not policy.startswith("fcfs"))
 
 
 @pytest.mark.parametrize("times", [1, FEW])
 @pytest.mark.parametrize("policy", ["fcfs", "edf", "srpt", "lars"])
 def test_order_holds_while_the_first_are_taken_out(policy, times):
     queue, sequences = filled(policy, [(100, 3.0), (5, 1.0), (100, 2.0), (7, 0.0)] * times)
-    expected = [sequence for sequence, _ in queue.in_order(1.0)]
+    expected = list(queue.in_order(1.0))
     found = []
-    for sequence, _ in queue.in_order(1.0):
+    for sequence in queue.in_order(1.0):
         queue.remove(sequence)  # as it is admitted
         found.append(sequence)
     assert found == expected and len(found) == len(sequences) and not queue.tokens
@@ -64,9 +64,10 @@ def test_those_with_all_the_time_there_is_come_last_as_they_stand():
         sequences[i].due_s = 1.7e308
         queue.append(sequences[i])
     with np.errstate(over="ignore"):
-        assert [s for s, _ in queue.in_order(1.0)] == [sequences[i] for i in (1, 3, 0, 2)]
+        assert list(queue.in_order(1.0)) == [sequences[i] for i in (1, 3, 0, 2)]
 
 
 def test_without_a_policy_the_queue_is_a_queue():
     queue, sequences = filled(None, [(5, 3.0), (9_000_000, 1.0), (1, 2.0)])
-    assert list(queue.in_order(1e9)) == [(s, False) for s in sequences]
+    assert list(queue.in_order(1e9)) == sequences
+    assert not any(queue.lets_pass(s, -1e9) for s in sequences)

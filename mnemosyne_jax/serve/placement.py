@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from itertools import chain
 
 from mnemosyne_jax.config import MeshSpec, ServeConfig
 from mnemosyne_jax.serve.pages import PagePool, Span, grown_layout, private_layout, striped_layout
@@ -28,28 +29,27 @@ class Places:
     def any_slot_free(self) -> bool:
         return any(self.free_slots.values())
 
-    def place(self, sequence: Sequence, running: Iterable[Sequence], blocked: Sequence | None = None) -> bool:
+    def place(self, sequence: Sequence, running: Iterable[Iterable[Sequence]], kept: list[int] | None = None) -> bool:
         """Whether there was room: then the sequence has a slot and all the pages that it can ever need.
 
         Reserving everything at once is what keeps several long requests from each holding a part that the others wait
         for. A request in one group goes to that with the least prefill pending. A short one may pass one that is
-        `blocked` where all short ones together leave the pages for it: they are there once those end that are not
-        short. Of the slots that become free it has the first.
+        blocked where all short ones together leave the pages of each group that are `kept` for it: they are there once
+        those end that are not short. Of the slots that become free it has the first.
         """
-        pages = self._pages(sequence)
+        pages = sequence.pages
         if self._in_one_group(sequence):
             if pages > self._roomiest:  # most that are tried, where there are too few
                 return False
             ready = [g for g in range(self._groups) if self.free_slots[g] and self.pools[g].free >= pages]
-            if blocked:
-                kept = self._kept_for(blocked)
+            if kept:
                 ready = [g for g in ready if self._short_pages[g] + pages + kept[g] <= self.pools[g].size]
                 if not ready:
                     return False
             sequence.group = ready[0] if len(ready) == 1 else self._idlest(ready, running)
             held = [(sequence.group, *private_layout(pages)[0])]
         else:
-            if blocked or not self.free_slots[None]:
+            if kept or not self.free_slots[None]:
                 return False
             held = [(g, *layout) for g, layout in enumerate(self._layout_of_all(pages))]
             if any(self.pools[g].free < count for g, _, _, count in held):
@@ -61,19 +61,16 @@ class Places:
         self._see_room()
         return True
 
-    def _kept_for(self, blocked: Sequence) -> list[int]:
+    def needed_by(self, sequence: Sequence) -> list[int]:
         """Pages of each group that it may need."""
-        pages = self._pages(blocked)
-        if self._in_one_group(blocked):  # in any
-            return [pages] * self._groups
-        return [count for _, _, count in self._layout_of_all(pages)]
-
-    def _pages(self, sequence: Sequence) -> int:
-        return -(-sequence.request.total_tokens // self._serve.page_tokens)
+        if self._in_one_group(sequence):  # in any
+            return [sequence.pages] * self._groups
+        return [count for _, _, count in self._layout_of_all(sequence.pages)]
 
     def _in_one_group(self, sequence: Sequence) -> bool:
-        fits = sequence.request.total_tokens <= self._serve.span_tokens and self._pages(sequence) <= self.pools[0].size
-        return self._groups == 1 or fits
+        if self._groups == 1:
+            return True
+        return sequence.request.total_tokens <= self._serve.span_tokens and sequence.pages <= self.pools[0].size
 
     def _count(self, sequence: Sequence, sign: int) -> None:
         if is_short(sequence):
@@ -83,9 +80,9 @@ class Places:
     def _see_room(self) -> None:
         self._roomiest = max((self.pools[g].free for g in range(self._groups) if self.free_slots[g]), default=-1)
 
-    def _idlest(self, ready: list[int], running: Iterable[Sequence]) -> int:
+    def _idlest(self, ready: list[int], running: Iterable[Iterable[Sequence]]) -> int:
         pending = [0] * self._groups
-        for s in running:
+        for s in chain.from_iterable(running):
             if s.group is not None:
                 pending[s.group] += len(s.request.prompt) - s.prompt_scheduled + 1
         return min(ready, key=lambda g: (pending[g], g))

@@ -181,6 +181,7 @@ class Sequence:
     request: Request
     timeline: Timeline
     phase: Phase = Phase.WAITING
+    pages: int = 0  # that it can ever need, in all groups together
     slot: int = -1
     group: int | None = None  # None: shared by all groups
     spans: tuple[Span, ...] = ()
@@ -193,7 +194,6 @@ class Sequence:
     work_s: float = 0.0  # predicted seconds of the whole prefill alone
     left_s: float = 0.0  # those of what has not been scheduled
     logits: dict[int, np.ndarray] = field(default_factory=dict)  # by prompt position, where asked for
-    next_tick: int = 0  # the first tick whose stage 0 can read this sequence's newest token
     last_tick: int = -1  # the newest tick that carries a row of this sequence
     reason: str = ""  # why it finished: length, stop, cancelled, or an error's text
 

@@ -33,11 +33,13 @@ class ChunkRoom:
         """Begins another tick."""
         self._rows, self._tokens = self._nothing.copy(), self._nothing.copy()
         self._most_private = 0  # tokens of the fullest group
+        self._left: dict[int | None, int] = {}  # as asked for, until more is taken
 
     def take(self, sequence: Sequence, tokens: int) -> None:
         group = sequence.group
         self._rows[group] += 1
         self._tokens[group] += tokens
+        self._left.clear()
         if group is not None:
             self._most_private = max(self._most_private, self._tokens[group])
 
@@ -54,7 +56,13 @@ class ChunkRoom:
 
     def tokens_for(self, sequence: Sequence) -> int:
         """Tokens that a sequence may still add: in the budget of every group it loads, in a program that exists."""
-        serve, group, taken = self._serve, sequence.group, self._tokens
+        group = sequence.group
+        if group not in self._left:
+            self._left[group] = self._tokens_left(group)
+        return self._left[group]
+
+    def _tokens_left(self, group: int | None) -> int:
+        serve, taken = self._serve, self._tokens
         if group is None:
             if self._rows[None] == serve.shared_chunks:
                 return 0

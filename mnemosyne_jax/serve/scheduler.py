@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
-from itertools import chain, repeat
 
 from mnemosyne_jax.config import MeshSpec, ServeConfig
 from mnemosyne_jax.errors import RequestError
 from mnemosyne_jax.serve.batch import Batch, ChunkRow, DecodeRow
 from mnemosyne_jax.serve.budget import BatchLoad, TickBudget, TickTime
 from mnemosyne_jax.serve.chunking import STEP, ChooseChunk, largest_chunk
+from mnemosyne_jax.serve.decoding import Decoding
 from mnemosyne_jax.serve.executor import NOT_FINITE, StepResult
 from mnemosyne_jax.serve.pace import Pace
 from mnemosyne_jax.serve.placement import Places
@@ -60,7 +60,8 @@ class Scheduler:
         self.sequences: dict[str | int, Sequence] = {}  # waiting and running
         self._waiting = WaitingQueue(serve.policy if prefill_times else None, serve.late == "demote")
         self._prefilling: list[Sequence] = []  # in order of admission
-        self._decoding: list[Sequence] = []  # whose prompt is scheduled to its end
+        self._decoding = Decoding(mesh.spp)
+        self._running = (self._prefilling, self._decoding)
 
     # Requests in and out.
 
@@ -115,7 +116,8 @@ class Scheduler:
         assert request.id not in self.sequences, f"request {request.id} is already queued or running"
         if self.idle:
             self.pace.rest()
-        sequence = Sequence(request, Timeline(arrival_s=request.arrival_s or 0.0))
+        pages = -(-request.total_tokens // self.serve.page_tokens)
+        sequence = Sequence(request, Timeline(arrival_s=request.arrival_s or 0.0), pages=pages)
         if self._prefill_times:
             estimate(sequence, self._prefill_times)
         self.sequences[request.id] = sequence
@@ -140,7 +142,7 @@ class Scheduler:
         """The batch of the next tick, which is thereby submitted: it must be run."""
         self.places.drain(self.tick - self.mesh.spp)
         self._admit(now_s)
-        decodes = self._decode_rows()
+        decodes = self._decoding.rows(self.tick)
         if self._tick_time is None:
             chunks = tuple(self._chunk_rows(now_s))
         else:
@@ -181,18 +183,6 @@ class Scheduler:
         elif len(sequence.tokens) == sequence.request.max_new_tokens:
             self._finish(sequence, "length")
 
-    def _decode_rows(self) -> tuple[DecodeRow, ...]:
-        rows, tick, next_tick = [], self.tick, self.tick + self.mesh.spp
-        for s in self._decoding:
-            request, before = s.request, s.tokens_scheduled
-            if s.next_tick <= tick and before < request.max_new_tokens:
-                rows.append((request, s.slot, s.group, s.spans, s.prompt_scheduled + before - 1, None))
-                s.tokens_scheduled = before + 1
-                s.next_tick = next_tick
-                s.last_tick = tick
-        # One after the other, by the constructor of a NamedTuple, they take twice as long: a tenth of a decision.
-        return tuple(map(tuple.__new__, repeat(DecodeRow), rows))
-
     def _chunk_rows(self, now_s: float) -> Iterable[ChunkRow]:
         """Chunks by token budget."""
         area = self._area
@@ -205,7 +195,7 @@ class Scheduler:
 
     def _prefills(self, now_s: float) -> list[Sequence]:
         """Prompts under way that may have a chunk, the first to have one first."""
-        policy, demote_late, prefills = self.serve.policy, self.serve.late == "demote", list(self._prefilling)
+        policy, demote_late, prefills = self.serve.policy, self.serve.late == "demote", self._prefilling.copy()
         if self._prefill_times and len(prefills) > 1:  # a stable sort: ties by admission
             prefills.sort(key=priority_at(policy, now_s, demote_late))
         return prefills[:1] if self._prefill_times and policy == "fcfs_exclusive" else prefills
@@ -224,18 +214,21 @@ class Scheduler:
             return
         budget, area = TickBudget(tick_time, serve.buckets, self._loads, load), self._area
         area.clear()
-        prefills, long_groups, nowhere = self._prefills(now_s), set[int](), set[int]()
+        yields = serve.policy == "lars" and len(self._prefilling) > 1  # what is long, to the others
+        long_groups, nowhere = set[int](), set[int]()
         step, without_room = min(STEP, serve.chunk_tokens), 0
-        for s in prefills:
+        for s in self._prefills(now_s):
             long = len(s.request.prompt) > serve.span_tokens
             groups = {span.group for span in s.spans} if long else nowhere
             if groups & long_groups or not (room := area.tokens_for(s)):
                 continue
             share = 1.0
-            if long and len(prefills) > 1 and serve.policy == "lars":  # to whom it yields
+            if long and yields:
                 share -= min(max(relative_slack(s, now_s), serve.least_yield), serve.long_yield)
-            length = area.yielding(s, budget.largest_chunk(s, room, budget_s * share, step), share, step)
-            if not length and self.tick - self._last_chunk_tick >= serve.least_chunk_every:
+            length = budget.largest_chunk(s, room, budget_s * share, step)
+            if length:
+                length = area.yielding(s, length, share, step)
+            elif self.tick - self._last_chunk_tick >= serve.least_chunk_every:
                 length = min(step, room, len(s.request.prompt) - s.prompt_scheduled)
                 self.forced_chunks += not budget.largest_chunk(s, length, budget_s, step)  # or it only had to yield
             if length:
@@ -267,7 +260,6 @@ class Scheduler:
             s.left_s = s.work_s - self._prefill_times.alone_s(s.prompt_scheduled)
         if s.prompt_scheduled == len(s.request.prompt):
             s.tokens_scheduled = 1
-            s.next_tick = self.tick + self.mesh.spp
             self._prefilling.remove(s)
             self._decoding.append(s)
         return row
@@ -278,21 +270,23 @@ class Scheduler:
         """Places waiting requests in order; who finds no room and must not be passed is passed by short ones only."""
         if not self.waiting or not self.places.any_slot_free:
             return
-        places, passed, blocked, refuses = self.places, 0, None, self.serve.late == "refuse"
-        for sequence, lets_others_pass in self._waiting.in_order(now_s):
+        places, passed, kept, refuses = self.places, 0, None, self.serve.late == "refuse"
+        for sequence in self._waiting.in_order(now_s):
             if refuses and sequence.request.deadline_s is not None and now_s + sequence.left_s > sequence.due_s:
                 self._finish(sequence, "refused: its deadline can no longer be kept")
-            elif blocked and not is_short(sequence):
+            elif kept and not is_short(sequence):
                 continue
-            elif places.place(sequence, chain(self._prefilling, self._decoding), blocked):
+            elif places.place(sequence, self._running, kept):
                 self._waiting.remove(sequence)
                 sequence.phase = Phase.PREFILL
                 sequence.timeline.admitted_s = now_s
                 self._prefilling.append(sequence)
+                if not refuses and not places.any_slot_free:
+                    break  # nothing can come of looking at others
             elif (passed := passed + 1) == MOST_PASSED or self._waiting.strict:
                 break
-            elif not lets_others_pass:
-                blocked = blocked or sequence
+            elif not kept and not self._waiting.lets_pass(sequence, now_s):
+                kept = places.needed_by(sequence)
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         if sequence.phase is Phase.WAITING:

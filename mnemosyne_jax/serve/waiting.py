@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
+from bisect import bisect_left
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from mnemosyne_jax.serve.policy import DEMOTED, LEAST_WORK_S, demoted, key_of
 from mnemosyne_jax.serve.request import Sequence
 
-FEW = 32  # are looked at in most ticks, of all that wait
+FEW = 64  # or less are looked at in nearly every tick, of all that wait
 
 
 class WaitingQueue:
@@ -20,11 +20,11 @@ class WaitingQueue:
     def __init__(self, policy: str | None, demote_late: bool = False):
         self._policy, self._demote_late = policy, demote_late
         self._next_number = itertools.count()
-        self._sequences: dict[int, Sequence] = {}  # by numbers that they get as they come
-        self._numbers: dict[Sequence, int] = {}
-        # Of each its number, and in seconds: arrival, deadline, work, work but at least LEAST_WORK_S, and `forgiven_s`.
-        # The table grows by doubling, and is in the order of the numbers.
-        self._facts = np.zeros((6, 16))
+        self._sequences: list[Sequence] = []  # as they came
+        self._numbers: dict[Sequence, int] = {}  # that they got as they came
+        # Of each in seconds: arrival, deadline, work, work but at least LEAST_WORK_S, and `forgiven_s`. The table
+        # grows by doubling.
+        self._facts = np.zeros((5, 16))
         self.tokens = 0  # of all prompts
 
     @property
@@ -36,51 +36,53 @@ class WaitingQueue:
         return len(self._sequences)
 
     def append(self, sequence: Sequence) -> None:
-        count = len(self._sequences)
+        count = len(self)
         if count == self._facts.shape[1]:
             self._facts = np.concatenate([self._facts, np.zeros_like(self._facts)], axis=1)
-        number, work_s = next(self._next_number), sequence.work_s
-        self._sequences[number], self._numbers[sequence] = sequence, number
-        unit_s, arrival_s = max(work_s, LEAST_WORK_S), sequence.timeline.arrival_s
-        self._facts[:, count] = number, arrival_s, sequence.due_s, work_s, unit_s, sequence.forgiven_s
+        unit_s, arrival_s = max(sequence.work_s, LEAST_WORK_S), sequence.timeline.arrival_s
+        self._facts[:, count] = arrival_s, sequence.due_s, sequence.work_s, unit_s, sequence.forgiven_s
+        self._sequences.append(sequence)
+        self._numbers[sequence] = next(self._next_number)
         self.tokens += len(sequence.request.prompt)
 
     def remove(self, sequence: Sequence) -> None:
-        number, count = self._numbers.pop(sequence), len(self._sequences)
-        at = self._facts[0, :count].searchsorted(number)
+        at, count = self._at(sequence), len(self)
         self._facts[:, at : count - 1] = self._facts[:, at + 1 : count]
-        del self._sequences[number]
+        del self._sequences[at], self._numbers[sequence]
         self.tokens -= len(sequence.request.prompt)
 
-    def in_order(self, now_s: float) -> Iterator[tuple[Sequence, bool]]:
-        """(sequence, whether those behind it may pass it if it finds no room), the first to be admitted first.
+    def _at(self, sequence: Sequence) -> int:
+        number_of = self._numbers.__getitem__
+        return bisect_left(self._sequences, number_of(sequence), key=number_of)
+
+    def in_order(self, now_s: float) -> Iterator[Sequence]:
+        """The first to be admitted first; whoever was is removed on the way."""
+        count, few = len(self), self._first(FEW, now_s)
+        yield from few
+        if len(few) < count:
+            seen = set(few)
+            yield from (sequence for sequence in self._first(len(self), now_s) if sequence not in seen)
+
+    def _first(self, few: int, now_s: float) -> list[Sequence]:
+        """At least `few`, if there are, in order; ties as they came."""
+        count = len(self)
+        if self._policy is None or count < 2:
+            return self._sequences.copy()
+        # Nothing is done: all work is left.
+        arrival_s, due_s, left_s, unit_s, forgiven_s = self._facts[:, :count]
+        keys = key_of(self._policy)(now_s, arrival_s, due_s, left_s, unit_s)
+        if self._demote_late:
+            keys = keys + DEMOTED * demoted(now_s, due_s, left_s, forgiven_s)
+        last = min(few, count) - 1
+        first = (keys <= np.partition(keys, last)[last]).nonzero()[0]  # all of equal keys, or none
+        return [self._sequences[at] for at in first[keys[first].argsort(kind="stable")].tolist()]
+
+    def lets_pass(self, sequence: Sequence, now_s: float) -> bool:
+        """Whether those behind it may pass it if it finds no room.
 
         What has slack lets others pass; what is late, or came first under fcfs, does not: nobody waits for ever.
         """
-        if self._policy is None or not self._sequences:
-            yield from ((sequence, False) for sequence in list(self._sequences.values()))
-            return
-        # Nothing is done: all work is left. Whoever is admitted on the way is removed: the order is that of before.
-        numbers, arrival_s, due_s, left_s, unit_s, forgiven_s = self._facts[:, : len(self._sequences)].copy()
-        keys = key_of(self._policy)(now_s, arrival_s, due_s, left_s, unit_s)
-        patient = due_s - now_s - left_s > 0
-        if self.strict:
-            patient[:] = False
-        if self._demote_late:
-            behind = demoted(now_s, due_s, left_s, forgiven_s)
-            keys, patient = keys + DEMOTED * behind, patient | behind
-        for at in _ascending(keys):
-            yield self._sequences[numbers[at]], bool(patient[at])
-
-
-def _ascending(keys: np.ndarray) -> Iterator[int]:
-    """The positions of keys in ascending order, ties as they stand; the first few without sorting them all."""
-    taken: set[int] = set()
-    while len(taken) < FEW:
-        at = int(keys.argmin())
-        if keys[at] == math.inf:
-            break
-        yield at
-        keys[at] = math.inf
-        taken.add(at)
-    yield from (at for at in keys.argsort(kind="stable").tolist() if at not in taken)
+        due_s, left_s = sequence.due_s, sequence.left_s
+        if self._demote_late and demoted(now_s, due_s, left_s, sequence.forgiven_s):
+            return True
+        return not self.strict and due_s - now_s - left_s > 0
