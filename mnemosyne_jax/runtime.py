@@ -36,6 +36,8 @@ CPU_POOL_TOKENS, CPU_POOL_BYTES = 131_072, 2**31  # of each group, whichever is 
 class JaxExecutor:
     """Executor over a mesh: submits ticks ahead of reading their tokens, and compiles a program when first met."""
 
+    in_step = True
+
     def __init__(self, config: ModelConfig, params: Params, serve: ServeConfig, mesh: Mesh):
         self.config, self.params, self.serve, self.mesh = config, params, serve, mesh
         self.spec = spec_of(mesh)

@@ -37,6 +37,8 @@ def answer(request) -> list[int]:
 class FakeExecutor:
     """Executor on a virtual clock. Rows of requests in `poisoned` come back NOT_FINITE from that position on."""
 
+    in_step = True
+
     def __init__(self, serve: ServeConfig, mesh: MeshSpec, pool_pages: int, tick_s: float = 1.0):
         self.serve, self.mesh, self.tick_s = serve, mesh, tick_s
         self.poisoned: dict[str, int] = {}

@@ -23,6 +23,8 @@ SERVE = dict(
 class UnderAClock:
     """Real ticks, whose time is that of simulated ones."""
 
+    in_step = True
+
     def __init__(self, real, simulated: SimExecutor):
         self.real, self.simulated, self.depth = real, simulated, real.depth
         self.now, self.agree, self.wait_until = simulated.now, simulated.agree, simulated.wait_until

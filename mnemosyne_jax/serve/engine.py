@@ -51,5 +51,6 @@ class Loop:
         result = self.executor.step(batch)
         if not result:
             return arrived, []
-        self._ended = result.batch.tick + self.scheduler.mesh.spp - 1, result.time_s
+        if self.executor.in_step:
+            self._ended = result.batch.tick + self.scheduler.mesh.spp - 1, result.time_s
         return arrived, self.scheduler.commit(result)

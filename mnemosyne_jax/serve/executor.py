@@ -35,6 +35,11 @@ class Executor(Protocol):
         """Ticks from a batch's submission to the call of `step` that returns its result."""
         ...
 
+    @property
+    def in_step(self) -> bool:
+        """Whether all stages begin and end together: then the time from one result to the next is that of a tick."""
+        ...
+
     def now(self) -> float:
         """Seconds on the executor's clock."""
         ...

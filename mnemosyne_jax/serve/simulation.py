@@ -49,7 +49,7 @@ class SimExecutor:
     ):
         self.depth = mesh.spp - 1 + serve.ahead
         self._time, self._groups, self._ahead = tick_time, mesh.kvp, serve.ahead
-        self._lock_step, self._report = stages == "lock_step", report
+        self.in_step, self._report = stages == "lock_step", report
         # A batch, its load, and the work of stage 0 with it and all before it, by group; newest first.
         nothing = Batch(-1), BatchLoad.empty(mesh.kvp), (0.0,) * mesh.kvp
         self._pipe = deque([nothing] * mesh.spp, maxlen=mesh.spp)
@@ -81,9 +81,9 @@ class SimExecutor:
         load = batch_load(self._time, self._groups, batch)
         work_s = map(operator.add, self._pipe[0][2], _work_s(self._time, load))
         self._pipe.appendleft((batch, load, tuple(work_s)))
-        last, end_s = self._run_tick() if self._lock_step else self._run_batch()
+        last, end_s = self._run_tick() if self.in_step else self._run_batch()
         self._unread.append(StepResult(last, (0,) * len(last.decodes), (0,) * len(last.chunks), {}, end_s))
-        if len(self._unread) <= (self._ahead if self._lock_step else self.depth):
+        if len(self._unread) <= (self._ahead if self.in_step else self.depth):
             return None
         result = self._unread.popleft()
         self._now_s = max(self._now_s, result.time_s)
