@@ -52,14 +52,14 @@ print(f"{mesh} over {jax.device_count()} devices: {jax.devices()[0].device_kind}
 # ## Where arrays live
 #
 # Every array's dimensions are written in one notation: `head/tp` is split over the axis `tp`.
-# Below, each device's part of four arrays. `wq` is split by stage and by head, and every group
+# Below, each device's part of four arrays. `wqkv` is split by stage and by head, and every group
 # has a copy. The vocabulary is split over stages and shards, so no stage carries a whole table.
 # Pages of the cache are split over the groups: that is what makes room for a long prompt.
 
 # %%
 arrays = {
     "embed  vocab/spp/tp model": engine.params.embed,
-    "wq     stage/spp model head/tp head_dim": engine.params.layers[0].wq,
+    "wqkv   stage/spp model kv_head/tp member head_dim": engine.params.layers[0].wqkv,
     "wo     stage/spp head/tp head_dim model": engine.params.layers[0].wo,
     "kv     layer/spp page/kvp 2 kv_head/tp offset head_dim": engine.executor.target.cache.kv,
 }

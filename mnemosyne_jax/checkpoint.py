@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from mnemosyne_jax.config import ModelConfig
 from mnemosyne_jax.errors import RequestError
 from mnemosyne_jax.hf_config import read_config, read_json
-from mnemosyne_jax.model.params import Params, abstract
+from mnemosyne_jax.model.params import APART, Params, abstract, join
 
 # Field of Params -> name on disk, and how the dimensions there become ours; (n h) are two of ours flattened into one.
 # The four families agree on every name; a family that does not would bring a table of its own.
@@ -80,8 +80,8 @@ def place(config: ModelConfig, mesh: Mesh, dtype: Any, read: Read) -> Params:
     """Params on `mesh` in `dtype`, from weights that `read(name, index)` gives under Llama's names and shapes on disk.
 
     `index` has one slice per dimension on disk (a linear weight is [out, in]). A slice that several devices hold is
-    read once. At most one weight's slices wait on the host at a time, and no host array is larger than one weight of
-    one layer. Vocabulary rows beyond the model's are zero; kv heads fewer than tp are repeated.
+    read once. At most one array's slices wait on the host at a time, and no host array is larger than one of one layer.
+    Vocabulary rows beyond the model's are zero; kv heads fewer than tp are repeated.
 
     Raises: RequestError if the mesh does not divide the model, or `read` gives another shape than asked.
     """
@@ -90,14 +90,17 @@ def place(config: ModelConfig, mesh: Mesh, dtype: Any, read: Read) -> Params:
 
     def leaf(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.Array:
         field = path[-1].name
-        name, dims = ENDS[field] if field in ENDS else LAYER[field]
 
         def fetch(index: tuple[slice, ...]) -> np.ndarray:
             if field in ENDS:
-                return _fetch(config, name, dims, index, x.shape, read).astype(x.dtype, copy=False)
+                return _fetch(config, *ENDS[field], index, x.shape, read).astype(x.dtype, copy=False)
             layer = (index[0].start or 0) * stage_layers + path[1].idx  # split over spp: a slice is of one stage
-            block = _fetch(config, name.format(layer), dims, index[1:], x.shape[1:], read)
-            return block.astype(x.dtype, copy=False)[None]
+            parts = []
+            for part in APART.get(field, (field,)):
+                name, dims = LAYER[part]
+                where = _within_part(field, part, index[1:], x.shape[1:])
+                parts.append(_fetch(config, name.format(layer), dims, *where, read).astype(x.dtype, copy=False))
+            return join(field, *parts)[None]
 
         return _put(x, fetch)
 
@@ -115,6 +118,21 @@ def _put(x: jax.ShapeDtypeStruct, fetch: Callable[[tuple[slice, ...]], np.ndarra
         shards += [jax.device_put(block, device) for device in devices]
     made = jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards, dtype=x.dtype)
     return made.block_until_ready()  # host slices live until their transfer is done: keep one weight's at a time
+
+
+def _within_part(
+    field: str, part: str, index: tuple[slice, ...], shape: tuple[int, ...]
+) -> tuple[tuple[slice, ...], tuple[int, ...]]:
+    """The index and the shape in one of the arrays that `field` joins, for an index into it and its shape."""
+    if field not in APART:
+        return index, shape
+    if field == "w_gate_up":
+        return (index[0], index[2]), (shape[0], shape[2])
+    *index_before, kv_heads, _, head_dim = index
+    *before, K, members, H = shape
+    a_head = members - 2 if part in ("wq", "bq") else 1
+    first, end, _ = kv_heads.indices(K)
+    return (*index_before, slice(first * a_head, end * a_head), head_dim), (*before, K * a_head, H)
 
 
 def _fetch(

@@ -16,11 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mnemosyne_jax.config import ModelConfig, RopeConfig
 from mnemosyne_jax.errors import RequestError
 from mnemosyne_jax.mesh import partition
-from mnemosyne_jax.model.params import LayerParams, Params, abstract, layer_shapes
+from mnemosyne_jax.model.params import APART, LayerParams, Params, abstract, join, layer_shapes, split
 
 FACTS = "model.json"
 FORMAT = 1
-DIMS = {field.name: field.metadata["dims"] for field in dataclasses.fields(LayerParams)}
+DIMS = {field.name: field.metadata["dims"].removeprefix("stage/spp ") for field in dataclasses.fields(LayerParams)}
 
 
 def save(folder: str | Path, params: Params, config: ModelConfig) -> None:
@@ -49,12 +49,14 @@ def save(folder: str | Path, params: Params, config: ModelConfig) -> None:
     checkpointer.save(folder / "ends", unpad(ends))
 
     def unstack(layer: LayerParams) -> tuple[dict[str, jax.Array], ...]:
-        fields = {field: getattr(layer, field) for field in layer_shapes(config)}
-        return tuple({field: _one_copy(x[stage], field, config) for field, x in fields.items()} for stage in stages)
+        fields = layer_shapes(config, config.kv_heads)
+        arrays = [x for field in fields for x in split(field, getattr(layer, field))]  # as `_saved` names them
+        saved = list(zip(_saved(config).items(), arrays, strict=True))
+        return tuple({part: _one_copy(x[stage], dims, config) for (part, dims), x in saved} for stage in stages)
 
     # Every process must hold a part of what orbax writes, so stages receive each other's layers for the while.
     stages = range(mesh.shape["spp"])
-    spread = {field: _sharding(mesh.devices, field, config) for field in layer_shapes(config)}
+    spread = {part: _sharding(mesh.devices, dims, config) for part, dims in _saved(config).items()}
     unstack = jax.jit(unstack, out_shardings=(spread,) * len(stages))
     for local, layer in enumerate(params.layers):
         for stage, tree in enumerate(unstack(layer)):
@@ -95,23 +97,29 @@ def restore(folder: str | Path, mesh: Mesh, dtype: Any = None) -> tuple[ModelCon
         }
         return checkpointer.restore(folder / name, args=ocp.args.PyTreeRestore(restore_args=args))
 
+    saved = _saved(config)
+    sizes = {"model": config.width, "ffn": config.ffn, "head": config.heads, "kv_head": config.kv_heads}
+    sizes["head_dim"] = config.head_dim
+    shapes = {part: tuple(sizes[word.split("/")[0]] for word in dims.split()) for part, dims in saved.items()}
+
     def read_layer(local: int) -> LayerParams:
-        parts: dict[str, list[jax.Array]] = {field: [] for field in layer_shapes(config)}
+        stacked = {field: getattr(target.layers[local], field) for field in layer_shapes(config, config.kv_heads)}
+        shards: dict[str, list[jax.Array]] = {field: [] for field in stacked}
         for stage in range(mesh.shape["spp"]):
+            devices = mesh.devices[:, stage : stage + 1]
             want = {
-                field: jax.ShapeDtypeStruct(
-                    shape, dtype, sharding=_sharding(mesh.devices[:, stage : stage + 1], field, config)
-                )
-                for field, shape in layer_shapes(config).items()
+                part: jax.ShapeDtypeStruct(shapes[part], dtype, sharding=_sharding(devices, dims, config))
+                for part, dims in saved.items()
             }
-            if not want["wq"].sharding.addressable_devices:
+            if not want["wo"].sharding.addressable_devices:
                 continue
-            tree = read(f"layer_{stage * len(target.layers) + local:05}", layer_shapes(config), want)
-            for field, x in tree.items():
-                parts[field] += [shard.data[None] for shard in x.addressable_shards]
-        stacked = {field: getattr(target.layers[local], field) for field in parts}
+            tree = read(f"layer_{stage * len(target.layers) + local:05}", shapes, want)
+            held = {part: {shard.device: shard.data for shard in x.addressable_shards} for part, x in tree.items()}
+            for field, of_device in shards.items():
+                for device in held["wo"]:
+                    of_device.append(join(field, *(held[part][device] for part in _parts(field)))[None])
         return LayerParams(**{
-            field: jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts[field], dtype=dtype)
+            field: jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards[field], dtype=dtype)
             for field, x in stacked.items()
         })  # fmt: skip
 
@@ -124,17 +132,27 @@ def _end_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {"embed": table, "final_norm": (config.width,)} | ({} if config.tied else {"unembed": table})
 
 
-def _sharding(devices: np.ndarray, field: str, config: ModelConfig) -> NamedSharding:
+def _parts(field: str) -> dict[str, str]:
+    """What is saved of a field of LayerParams: names and dimensions, as models keep it."""
+    return APART.get(field, {field: DIMS[field]})
+
+
+def _saved(config: ModelConfig) -> dict[str, str]:
+    """Name and dimensions of every array saved of a layer."""
+    return {part: dims for field in layer_shapes(config, config.kv_heads) for part, dims in _parts(field).items()}
+
+
+def _sharding(devices: np.ndarray, dims: str, config: ModelConfig) -> NamedSharding:
     """One layer's weight over `devices` [kvp, spp, tp]; kv heads fewer than tp are copied, not split further."""
     kvp, spp, tp = devices.shape
-    shards = min(tp, config.kv_heads) if "kv_head" in DIMS[field] else tp
+    shards = min(tp, config.kv_heads) if "kv_head" in dims else tp
     mesh = Mesh(devices.reshape(kvp, spp, shards, tp // shards), ("kvp", "spp", "tp", "copy"))
-    return NamedSharding(mesh, PartitionSpec(*partition(DIMS[field])[1:]))
+    return NamedSharding(mesh, partition(dims))
 
 
-def _one_copy(x: jax.Array, field: str, config: ModelConfig) -> jax.Array:
+def _one_copy(x: jax.Array, dims: str, config: ModelConfig) -> jax.Array:
     """A layer's weight with the model's own kv heads, each once."""
-    words = DIMS[field].split()[1:]
+    words = dims.split()
     if "kv_head/tp" not in words:
         return x
     axis = words.index("kv_head/tp")

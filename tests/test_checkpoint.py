@@ -61,9 +61,22 @@ def expected(tensors: dict[str, np.ndarray], config: ModelConfig, spec: MeshSpec
     ]
     per = config.layers // spec.spp
     for j in range(per):
-        for field in present:
-            leaves[f".layers[{j}].{field}"] = np.stack([one(field, s * per + j) for s in range(spec.spp)])
+        apart = {field: np.stack([one(field, s * per + j) for s in range(spec.spp)]) for field in present}
+        for field, x in joined(apart).items():
+            leaves[f".layers[{j}].{field}"] = x
     return leaves
+
+
+def joined(apart: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As LayerParams has them: behind the query heads of each kv head its key, then its value."""
+    heads = lambda name, K: np.split(apart[name], K, axis=-2)  # noqa: E731
+    result = {"w_gate_up": np.stack([apart["w_gate"], apart["w_up"]], axis=2)}
+    for letter in {name[0] for name in apart if name in ("wq", "bq")}:
+        names, K = [letter + member for member in "qkv"], apart[letter + "k"].shape[-2]
+        members = [np.concatenate(of_head, axis=-2) for of_head in zip(*(heads(n, K) for n in names), strict=True)]
+        result[letter + "qkv"] = np.stack(members, axis=-3)
+        apart = {name: x for name, x in apart.items() if name not in names}
+    return result | {name: x for name, x in apart.items() if name not in ("w_gate", "w_up")}
 
 
 def check(params: Params, tensors: dict[str, np.ndarray], config: ModelConfig, spec: MeshSpec) -> None:

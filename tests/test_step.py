@@ -196,7 +196,7 @@ def test_random_weights_are_made_where_they_live():
     )
     assert all(jax.tree.leaves(same))
     layer = params.layers[0]
-    assert np.all(np.asarray(layer.attn_norm) == 1) and abs(np.asarray(layer.w_up).std() / 0.02 - 1) < 0.05
+    assert np.all(np.asarray(layer.attn_norm) == 1) and abs(np.asarray(layer.w_gate_up).std() / 0.02 - 1) < 0.05
 
 
 def test_functions_for_ones_own_loop():

@@ -12,7 +12,7 @@ from jax import lax
 
 from mnemosyne_jax.config import ModelConfig
 from mnemosyne_jax.model.inputs import Draws
-from mnemosyne_jax.model.params import LayerParams, Params
+from mnemosyne_jax.model.params import LayerParams, Params, split
 from mnemosyne_jax.model.rope import rotate
 
 VOCAB_AXES = ("spp", "tp")
@@ -28,15 +28,10 @@ def rms_norm(x_TD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
 def project_qkv(x_TD: jax.Array, layer: LayerParams, config: ModelConfig, cos: jax.Array, sin: jax.Array):
     """(q_TNH, k_TKH, v_TKH) of this shard's heads, normed where the model does, rotated to their positions."""
 
-    def project(w: jax.Array, b: jax.Array | None) -> jax.Array:
-        y = jnp.einsum("td,dnh->tnh", x_TD, w)
-        return y if b is None else y + b
-
-    q_TNH, k_TKH, v_TKH = (
-        project(layer.wq, layer.bq),
-        project(layer.wk, layer.bk),
-        project(layer.wv, layer.bv),
-    )
+    qkv_TKMH = jnp.einsum("td,dkmh->tkmh", x_TD, layer.wqkv)
+    if layer.bqkv is not None:
+        qkv_TKMH += layer.bqkv
+    q_TNH, k_TKH, v_TKH = split("wqkv", qkv_TKMH)
     if layer.q_norm is not None and layer.k_norm is not None:
         q_TNH = rms_norm(q_TNH, layer.q_norm, config.norm_eps)
         k_TKH = rms_norm(k_TKH, layer.k_norm, config.norm_eps)
@@ -51,8 +46,8 @@ def project_out(out_TNH: jax.Array, layer: LayerParams) -> jax.Array:
 
 def swiglu(x_TD: jax.Array, layer: LayerParams) -> jax.Array:
     """The gated MLP, summed over shards."""
-    h_TF = jax.nn.silu(x_TD @ layer.w_gate) * (x_TD @ layer.w_up)
-    return lax.psum(h_TF @ layer.w_down, "tp")
+    gate_TF, up_TF = split("w_gate_up", jnp.einsum("td,dcf->tcf", x_TD, layer.w_gate_up))
+    return lax.psum((jax.nn.silu(gate_TF) * up_TF) @ layer.w_down, "tp")
 
 
 def vocab_slice(V: int) -> jax.Array:

@@ -16,23 +16,29 @@ from jax.sharding import Mesh, Sharding
 from mnemosyne_jax.config import MeshSpec, ModelConfig
 from mnemosyne_jax.mesh import array, optional_array, shardings, spec_of
 
+# What models keep apart and a LayerParams joins: names and dimensions in one layer.
+APART = {
+    "wqkv": {"wq": "model head/tp head_dim", "wk": "model kv_head/tp head_dim", "wv": "model kv_head/tp head_dim"},
+    "bqkv": {"bq": "head/tp head_dim", "bk": "kv_head/tp head_dim", "bv": "kv_head/tp head_dim"},
+    "w_gate_up": {"w_gate": "model ffn/tp", "w_up": "model ffn/tp"},
+}
+
 
 @flax.struct.dataclass
 class LayerParams:
-    """Weights of layer j of every stage: local layer j of stage s is global layer s * layers_per_stage + j."""
+    """Weights of layer j of every stage: local layer j of stage s is global layer s * layers_per_stage + j.
+
+    What is multiplied with the same rows lies in one array: the few rows of a tick keep a GPU busy in one large product
+    and not in three small ones. The members of a kv head are its query heads, its key, its value.
+    """
 
     attn_norm: jax.Array = array("stage/spp model")
-    wq: jax.Array = array("stage/spp model head/tp head_dim")
-    wk: jax.Array = array("stage/spp model kv_head/tp head_dim")
-    wv: jax.Array = array("stage/spp model kv_head/tp head_dim")
+    wqkv: jax.Array = array("stage/spp model kv_head/tp member head_dim")
     wo: jax.Array = array("stage/spp head/tp head_dim model")
     mlp_norm: jax.Array = array("stage/spp model")
-    w_gate: jax.Array = array("stage/spp model ffn/tp")
-    w_up: jax.Array = array("stage/spp model ffn/tp")
+    w_gate_up: jax.Array = array("stage/spp model 2 ffn/tp")
     w_down: jax.Array = array("stage/spp ffn/tp model")
-    bq: jax.Array | None = optional_array("stage/spp head/tp head_dim")
-    bk: jax.Array | None = optional_array("stage/spp kv_head/tp head_dim")
-    bv: jax.Array | None = optional_array("stage/spp kv_head/tp head_dim")
+    bqkv: jax.Array | None = optional_array("stage/spp kv_head/tp member head_dim")
     bo: jax.Array | None = optional_array("stage/spp model")
     q_norm: jax.Array | None = optional_array("stage/spp head_dim")
     k_norm: jax.Array | None = optional_array("stage/spp head_dim")
@@ -54,16 +60,41 @@ def padded_vocab(config: ModelConfig, mesh: MeshSpec) -> int:
     return -(-config.vocab // parts) * parts
 
 
-def layer_shapes(config: ModelConfig, kv_heads: int | None = None) -> dict[str, tuple[int, ...]]:
-    """Shape of each weight of one layer; weights the model lacks are absent."""
-    D, F, N, H = config.width, config.ffn, config.heads, config.head_dim
-    K = config.kv_heads if kv_heads is None else kv_heads
+def join(field: str, *parts: Any) -> Any:
+    """The array of `field` from what `APART` names, NumPy's or JAX's; leading dimensions may be cut off or added.
+
+    Shapes: [..., N, H] and twice [..., K, H] -> [..., K, N / K + 2, H]; twice [..., F] -> [..., 2, F]; else the part.
+    """
+    if field not in APART:
+        return parts[0]
+    xp = parts[0].__array_namespace__()
+    if field == "w_gate_up":
+        return xp.stack(parts, axis=-2)
+    q_NH, k_KH, v_KH = parts
+    q_KGH = q_NH.reshape(*k_KH.shape[:-1], q_NH.shape[-2] // k_KH.shape[-2], k_KH.shape[-1])
+    return xp.concatenate([q_KGH, k_KH[..., None, :], v_KH[..., None, :]], axis=-2)
+
+
+def split(field: str, joined: Any) -> tuple[Any, ...]:
+    """What `join` joined."""
+    if field not in APART:
+        return (joined,)
+    if field == "w_gate_up":
+        return joined[..., 0, :], joined[..., 1, :]
+    *before, K, members, H = joined.shape
+    q_NH = joined[..., :-2, :].reshape(*before, K * (members - 2), H)
+    return q_NH, joined[..., -2, :], joined[..., -1, :]
+
+
+def layer_shapes(config: ModelConfig, kv_heads: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight of one layer with so many kv heads; weights the model lacks are absent."""
+    D, F, N, K, H = config.width, config.ffn, config.heads, kv_heads, config.head_dim
     shapes = {
-        "attn_norm": (D,), "wq": (D, N, H), "wk": (D, K, H), "wv": (D, K, H), "wo": (N, H, D),
-        "mlp_norm": (D,), "w_gate": (D, F), "w_up": (D, F), "w_down": (F, D),
+        "attn_norm": (D,), "wqkv": (D, K, N // K + 2, H), "wo": (N, H, D),
+        "mlp_norm": (D,), "w_gate_up": (D, 2, F), "w_down": (F, D),
     }  # fmt: skip
     if config.qkv_bias:
-        shapes |= {"bq": (N, H), "bk": (K, H), "bv": (K, H)}
+        shapes |= {"bqkv": (K, N // K + 2, H)}
     if config.out_bias:
         shapes |= {"bo": (D,)}
     if config.qk_norm:
