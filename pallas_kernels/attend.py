@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from math import e, gcd, log2
+from math import e, log2
 from typing import Any
 
 import jax
@@ -47,14 +47,13 @@ def partials(
     # The interpreter of a CPU knows no clusters: there one CTA takes a whole tile, in four warpgroups if need be.
     tiling = dataclasses.replace(work.tiling, ctas=1) if interpret else work.tiling
     items, groups = work.items_IW.shape[0], tiling.warpgroups
-    dtype, together = kv_LP2KBH.dtype, gcd(K, tiling.heads_together or K)
+    dtype = kv_LP2KBH.dtype
     kv_XBH = kv_LP2KBH.reshape(-1, B, H)
     body = functools.partial(
         _attend_item,
         kv_shape=kv_LP2KBH.shape,
         rows_in=rows_in,
         tiling=tiling,
-        heads_together=together,
         dtype=dtype,
         interpret=interpret,
     )
@@ -82,8 +81,8 @@ def partials(
             jax.ShapeDtypeStruct((items, K, kept, H), jnp.float32),
             jax.ShapeDtypeStruct((items, K, tiling.rows), jnp.float32),
         ),
-        grid=(K // together, items, together),
-        grid_names=("turn", "item", "head"),
+        grid=(items * K,),
+        grid_names=("index",),
         **cluster,
         kernel_name="attend_items",
         num_threads=groups + 1,
@@ -104,13 +103,22 @@ def partials(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=False
         ),
         interpret=interpret,
-    )(jnp.asarray(layer, jnp.int32).reshape(1), page_table_SJ, work.items_IW, work.positions_NM, q_NKMH, kv_XBH)
+    )(
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        page_table_SJ,
+        work.items_IW,
+        work.full_items_1,
+        work.positions_NM,
+        q_NKMH,
+        kv_XBH,
+    )
 
 
 def _attend_item(
     layer_ref,
     table_ref,
     items_ref,
+    full_items_ref,
     positions_ref,
     q_ref,
     kv_ref,
@@ -130,14 +138,13 @@ def _attend_item(
     kv_shape,
     rows_in: int,
     tiling: Tiling,
-    heads_together: int,
     dtype,
     interpret,
 ):
     _, P, _, K, B, H = kv_shape
     groups, stages = tiling.warpgroups, tiling.stages
-    warpgroup, index = lax.axis_index("warpgroup"), lax.axis_index("item")
-    head = lax.axis_index("turn") * heads_together + lax.axis_index("head")
+    warpgroup = lax.axis_index("warpgroup")
+    index, head = tiling.place(lax.axis_index("index"), full_items_ref[0], K)
     part: Any = lax.axis_index("part") if tiling.ctas > 1 else 0
     to_all: Any = dict(collective_axes="part") if tiling.ctas > 1 else {}  # each CTA fetches a part, for all
     item = Item(*(items_ref[index, w] for w in range(len(Item._fields))))

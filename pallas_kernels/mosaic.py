@@ -24,11 +24,13 @@ def prefill_tiling(tokens: int, heads_per_kv: int, kv_heads: int, head_dim: int)
     rows = tokens * heads_per_kv
     if rows <= 64:
         return DECODE
-    tile = 192 if head_dim == 64 and rows >= 512 else 128
-    if rows * kv_heads < 2 * SMS * tile:
-        return Tiling(rows=tile, stages=2, waves=5, least_pages=4, even=True)
-    pair: dict[str, Any] = dict(rows=256, ctas=2) if head_dim == 128 else dict(rows=tile)
-    return Tiling(**pair, stages=2, waves=32, least_pages=16, heads_together=1)
+    if head_dim == 128 and rows >= 1536:
+        tile: dict[str, Any] = dict(rows=256, ctas=2)
+    else:
+        tile = dict(rows=192 if head_dim == 64 and rows >= 512 else 128)
+    if rows * kv_heads < 2 * SMS * 128:
+        return Tiling(**tile, stages=2, waves=6, least_pages=4, heads_together=2, even=True)
+    return Tiling(**tile, stages=2, waves=32, least_pages=16, heads_together=1)
 
 
 def unsupported(head_dim: int, heads_per_kv: int, page_tokens: int, dtype: Any) -> str | None:

@@ -11,10 +11,12 @@ Shapes: N tiles, t queries and M rows in a tile, I items, W int32 words of an it
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from math import gcd
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 SMS = 132  # of an H100 SXM or an H200
 MOST_PARTS = 33  # of the longest tile, among the cuts that are tried
@@ -27,8 +29,8 @@ class Tiling:
 
     `stages` pages of keys and values are in flight; `waves` CTAs for each SM are aimed at, no item below `least_pages`.
     Where CTAs are few, some SMs could have one more than others: `even` aims at up to `waves`, as many as end together.
-    CTAs of `heads_together` kv heads (all if None) run side by side, item by item, before the next heads' turn. A tile
-    is shared by the `ctas` of a cluster, each of which reads a part of every page for all.
+    Full items of `heads_together` kv heads (all if None) run side by side before the next heads' turn: fewer keys in
+    the L2 cache at a time. A tile is shared by the `ctas` of a cluster, each of which reads a part of a page for all.
     """
 
     rows: int
@@ -42,6 +44,20 @@ class Tiling:
     def items_of_a_head(self, kv_heads: int, waves: int) -> int:
         """How many there are if they come to so many waves, at least one."""
         return max(1, waves * SMS // (kv_heads * self.ctas))
+
+    def place(self, index: Any, full_items: Any, kv_heads: int) -> tuple[Any, Any]:
+        """(item, kv head) of the CTA or cluster number `index`: those that start first have full items, in turns.
+
+        What is left of tiles comes last, whatever its head, and fills the SMs that finish early.
+        """
+        together = gcd(kv_heads, self.heads_together or kv_heads)
+        in_turn = jnp.maximum(full_items * together, 1)
+        turn, rest = lax.div(index, in_turn), index - full_items * kv_heads
+        item = jnp.where(rest < 0, lax.div(lax.rem(index, in_turn), together), full_items + lax.div(rest, kv_heads))
+        head = jnp.where(
+            rest < 0, turn * together + lax.rem(lax.rem(index, in_turn), together), lax.rem(rest, kv_heads)
+        )
+        return item, head
 
     @property
     def warpgroups(self) -> int:
@@ -74,9 +90,13 @@ class Merge(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What the kernels need beside q and the cache. Items are sorted: long ones first, neighbours share keys."""
+    """What the kernels need beside q and the cache. Items are sorted: long ones first, neighbours share keys.
+
+    The first `full_items_1` of them are of the common length.
+    """
 
     items_IW: jax.Array
+    full_items_1: jax.Array
     tokens_Nt: jax.Array
     positions_NM: jax.Array  # of each row of a tile, -1 where there is no query
     merges_TW: jax.Array
@@ -143,7 +163,8 @@ def work_list(
     )
     # Items of full length by the part of the keys they read, so that those running together share it in the L2 cache;
     # then the rests, longest first, which fill the SMs that finish early.
-    order_I = jnp.argsort(jnp.where(end_I - begin_I == longest, split_I, len(i_I) + longest - (end_I - begin_I)))
+    full_I = end_I - begin_I == longest
+    order_I = jnp.argsort(jnp.where(full_I, split_I, len(i_I) + longest - (end_I - begin_I)))
     items_IW = jnp.stack(items, axis=1)[order_I]
 
     row_T = _owner(cu_q_lens_R1[1:], T)
@@ -154,7 +175,7 @@ def work_list(
     positions_NM = jnp.repeat(positions_Nt, heads_per_kv, axis=1)
     rows_beyond = tiling.rows - t * heads_per_kv
     positions_NM = jnp.pad(positions_NM, ((0, 0), (0, rows_beyond)), constant_values=-1)
-    return Work(items_IW, tokens_Nt, positions_NM, merges_TW, tiling)
+    return Work(items_IW, full_I.sum(dtype=jnp.int32)[None], tokens_Nt, positions_NM, merges_TW, tiling)
 
 
 def _longest(pages_N: jax.Array, kv_heads: int, tiling: Tiling) -> jax.Array:
