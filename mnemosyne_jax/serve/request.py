@@ -203,5 +203,10 @@ class Sequence:
         return self.timeline.arrival_s
 
     @property
+    def groups(self) -> set[int]:
+        """Those that hold its keys and values."""
+        return {span.group for span in self.spans}
+
+    @property
     def finished(self) -> bool:
         return self.phase is Phase.FINISHED
