@@ -47,6 +47,15 @@ def test_a_tick_takes_as_long_as_its_slowest_group_at_the_program_of_the_whole_p
     assert TIME.seconds((EMPTY, EMPTY)) == COST.program_s(16, 2)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_decodes_load_the_groups_that_hold_their_keys(groups):
+    held = [(g % groups, 1000 * g + 7) for g in range(5)]
+    rows = [DecodeRow(Request(g, [0]), 0, g, private(g, position + 1), position) for g, position in held]
+    load = TIME.with_decodes(BatchLoad.empty(groups), rows)
+    keys = [sum(position + 1 for g, position in held if g == group) for group in range(groups)]
+    assert load == BatchLoad(0, (0,) * groups, tuple(COST.decode_s(n) for n in keys))
+
+
 def test_a_shared_chunk_loads_every_group_with_what_it_holds():
     load = TIME.with_chunk(EMPTY, striped(1_000_000), True, 900_000, 512)
     assert load.shared_tokens == 512 and load.private_tokens == (0, 0)

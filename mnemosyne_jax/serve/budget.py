@@ -23,6 +23,7 @@ from mnemosyne_jax.serve.request import Sequence
 # (shared tokens, private tokens of the fullest group) -> (rows, rows merged over kvp) of the smallest program that
 # holds such chunks; None if there is none.
 ProgramRows = Callable[[int, int], tuple[int, int] | None]
+POSITION = operator.attrgetter("position")
 
 
 class BatchLoad(NamedTuple):
@@ -44,33 +45,36 @@ class TickTime:
     cost: CostModel
     program_rows: ProgramRows
     page_tokens: int
-    program_s: Callable[[int, int], float | None] = field(init=False, compare=False)
-    """All but attention, at the smallest program that holds so many shared and private tokens; None: there is none."""
+    program_s: Callable[[int, int], float] = field(init=False, compare=False)
+    """All but attention, at the smallest program that holds so many shared and private tokens; inf: there is none."""
 
     def __post_init__(self):
-        # Asked for many times a tick, of a few thousand pairs of numbers.
-        object.__setattr__(self, "program_s", functools.lru_cache(maxsize=4096)(self._program_s))
+        # Asked for many times a tick, of a few thousand pairs of numbers: to forget some of them takes longer.
+        object.__setattr__(self, "program_s", functools.cache(self._program_s))
 
-    def _program_s(self, shared_tokens: int, private_tokens: int) -> float | None:
+    def _program_s(self, shared_tokens: int, private_tokens: int) -> float:
         rows = self.program_rows(shared_tokens, private_tokens)
-        return None if rows is None else self.cost.program_s(*rows)
+        return math.inf if rows is None else self.cost.program_s(*rows)
 
     def seconds(self, pipe: Collection[BatchLoad]) -> float | None:
         """Of a tick with these batches in the pipe; None if no program holds them."""
         shared_tokens, private_tokens, attention_s = zip(*pipe, strict=True)
-        program_s = self.program_s(max(shared_tokens), max(map(max, private_tokens)))
-        return None if program_s is None else program_s + max(map(max, attention_s))
+        seconds = self.program_s(max(shared_tokens), max(map(max, private_tokens))) + max(map(max, attention_s))
+        return seconds if seconds < math.inf else None
 
-    def with_decodes(self, load: BatchLoad, rows: Iterable[DecodeRow]) -> BatchLoad:
+    def with_decodes(self, load: BatchLoad, rows: Collection[DecodeRow]) -> BatchLoad:
         """The load with these decode rows."""
         keys = [0] * len(load.attention_s)
-        for row in rows:  # by index, of a tuple: by name or unpacked, it takes half as long again
-            group = row[2]
-            if group is not None:  # all of its keys are there
-                keys[group] += row[4] + 1
-            else:
-                for span in row.spans:
-                    keys[span.group] += span.local_tokens(row.position + 1, self.page_tokens)
+        if len(keys) == 1:
+            keys[0] = sum(map(POSITION, rows)) + len(rows)  # all are there
+        else:
+            for row in rows:
+                group = row.group
+                if group is not None:  # all of its keys are there
+                    keys[group] += row.position + 1
+                else:
+                    for span in row.spans:
+                        keys[span.group] += span.local_tokens(row.position + 1, self.page_tokens)
         attention_s = tuple(map(operator.add, load.attention_s, map(self.cost.decode_s, keys)))
         return BatchLoad(load.shared_tokens, load.private_tokens, attention_s)
 
@@ -104,9 +108,13 @@ class TickBudget:
         self._take(load)
 
     def _add_to_pipe(self, load: BatchLoad) -> None:
-        self._shared = max(self._shared, load.shared_tokens)
-        self._private = max(self._private, *load.private_tokens)
-        self._attention_s = max(self._attention_s, *load.attention_s)
+        shared, private, attention_s = load.shared_tokens, max(load.private_tokens), max(load.attention_s)
+        if shared > self._shared:
+            self._shared = shared
+        if private > self._private:
+            self._private = private
+        if attention_s > self._attention_s:
+            self._attention_s = attention_s
 
     def _take(self, load: BatchLoad) -> None:
         self.load = load
@@ -120,7 +128,7 @@ class TickBudget:
     @property
     def seconds(self) -> float:
         """That the tick is predicted to take as it is."""
-        return (self._time.program_s(self._shared, self._private) or 0.0) + self._attention_s
+        return self._time.program_s(self._shared, self._private) + self._attention_s
 
     def full(self, budget_s: float) -> bool:
         """Whether it is certain that no chunk of any prompt, in one group or in all, keeps `budget_s`."""
@@ -132,14 +140,18 @@ class TickBudget:
     def _least(self, group: int | None) -> float:
         """Seconds of the tick with one token more in `group` (None: in all), and no more attention than now."""
         if group not in self._least_s:
-            shared, private = self._shared, self._private
-            if group is None:
-                shared = max(shared, self.load.shared_tokens + 1)
-            else:
-                private = max(private, self.load.private_tokens[group] + 1)
-            program_s = self._time.program_s(shared, private)
-            self._least_s[group] = math.inf if program_s is None else program_s + self._attention_s
+            self._least_s[group] = self._with_area(group, self._taken(group) + 1)
         return self._least_s[group]
+
+    def _taken(self, group: int | None) -> int:
+        return self.load.shared_tokens if group is None else self.load.private_tokens[group]
+
+    def _with_area(self, group: int | None, tokens: int) -> float:
+        """Seconds of the tick with an area of so many in `group` (None: in all), and no more attention than now."""
+        shared, private = self._shared, self._private
+        if group is None:
+            return self._time.program_s(tokens if tokens > shared else shared, private) + self._attention_s
+        return self._time.program_s(shared, tokens if tokens > private else private) + self._attention_s
 
     def largest_chunk(self, sequence: Sequence, room_tokens: int, budget_s: float, step: int = STEP) -> int:
         """The largest next chunk of a prompt with which the tick is predicted to keep `budget_s`; 0 for none."""
@@ -157,13 +169,9 @@ class TickBudget:
 
     def _room(self, group: int | None, budget_s: float) -> int:
         """How many tokens more in `group` (None: in all) keep `budget_s`, with no more attention than now."""
-        shared, private = self._shared, self._private
-        taken = self.load.shared_tokens if group is None else self.load.private_tokens[group]
         for size in reversed(self._sizes):
-            areas = (max(shared, size), private) if group is None else (shared, max(private, size))
-            program_s = self._time.program_s(*areas)
-            if program_s is not None and program_s + self._attention_s <= budget_s:
-                return size - taken
+            if self._with_area(group, size) <= budget_s:
+                return size - self._taken(group)
         return 0
 
     # What a search does not change is looked up once, before it begins. It stays within `_room`, and sums in the order
@@ -178,7 +186,7 @@ class TickBudget:
         def fits(tokens: int) -> bool:
             area = taken + tokens
             program_s = program_s_of(shared, area if area > private else private)
-            return program_s is not None and program_s + (so_far_s + chunk_s(tokens, before, tokens)) <= budget_s
+            return program_s + (so_far_s + chunk_s(tokens, before, tokens)) <= budget_s
 
         return fits
 
@@ -189,8 +197,6 @@ class TickBudget:
 
         def fits(tokens: int) -> bool:
             program_s = self._time.program_s(max(self._shared, self.load.shared_tokens + tokens), self._private)
-            if program_s is None:
-                return False
             own = (span.local_tokens(start + tokens, page_tokens) - before for _, span, before in held)
             chunks = (so_far_s + chunk_s(tokens, before, n) for (so_far_s, _, before), n in zip(held, own, strict=True))
             return all(program_s + attention_s <= budget_s for attention_s in chunks)

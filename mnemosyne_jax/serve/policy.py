@@ -18,7 +18,8 @@ from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from mnemosyne_jax.serve.request import Sequence
 
@@ -27,6 +28,20 @@ type Number = Any  # a float, or an array of them
 DEADLINE_FACTOR, LEAST_DEADLINE_S = 1.5, 0.5  # of the prefill alone
 LEAST_WORK_S = 0.05  # of a request, when its slack is put in relation to it
 DEMOTED, DEMOTED_DEADLINES = 1e12, 10  # more than any key; for how many times its deadline a long one is, if late
+
+
+class Facts(NamedTuple):
+    """What the order of many sequences depends on: arrays of what a Sequence has under the same names."""
+
+    arrival_s: Number
+    due_s: Number
+    left_s: Number
+    unit_s: Number
+    forgiven_s: Number
+
+
+type Ranked = Sequence | Facts
+type Key = Callable[[Ranked], Number]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +53,10 @@ class PrefillTimes:
 
     def alone_s(self, tokens: int) -> float:
         """Of a whole prompt; between the lengths of the table, by a straight line."""
-        i = min(max(bisect_left(self.lengths, tokens), 1), len(self.lengths) - 1)
-        before, after = self.lengths[i - 1], self.lengths[i]
-        share = min((tokens - before) / (after - before), 1.0)
-        return self.seconds[i - 1] + share * (self.seconds[i] - self.seconds[i - 1])
+        i = bisect_left(self.lengths, tokens, 1, len(self.lengths) - 1)
+        before, before_s = self.lengths[i - 1], self.seconds[i - 1]
+        share = (tokens - before) / (self.lengths[i] - before)
+        return before_s + (share if share < 1.0 else 1.0) * (self.seconds[i] - before_s)
 
 
 def prefill_times(chunk_of: Callable[[int], int], tick_s: Callable[[int, int], float], longest: int) -> PrefillTimes:
@@ -65,6 +80,7 @@ def estimate(sequence: Sequence, times: PrefillTimes) -> None:
     The first token is due as asked, or in proportion to the prefill alone.
     """
     sequence.work_s = sequence.left_s = times.alone_s(len(sequence.request.prompt))
+    sequence.unit_s = max(sequence.work_s, LEAST_WORK_S)
     if sequence.prompt_scheduled:
         sequence.left_s -= times.alone_s(sequence.prompt_scheduled)
     asked_s = sequence.request.deadline_s
@@ -82,8 +98,12 @@ def is_short(sequence: Sequence) -> bool:
 
 def relative_slack(sequence: Sequence, now_s: float) -> float:
     """Time to spare in units of the request's own work; negative once the deadline cannot be kept."""
-    unit_s = max(sequence.work_s, LEAST_WORK_S)
-    return KEYS["lars"](now_s, sequence.timeline.arrival_s, sequence.due_s, sequence.left_s, unit_s)
+    return slack_at(now_s)(sequence)
+
+
+def slack_at(now_s: float) -> Key:
+    """`relative_slack` at one time, for the many that are asked for it at every tick."""
+    return lambda ranked: (ranked.due_s - now_s - ranked.left_s) / ranked.unit_s
 
 
 def priority(policy: str, sequence: Sequence, now_s: float, demote_late: bool = False) -> float:
@@ -93,35 +113,31 @@ def priority(policy: str, sequence: Sequence, now_s: float, demote_late: bool = 
 
 def priority_at(policy: str, now_s: float, demote_late: bool = False) -> Callable[[Sequence], float]:
     """`priority` at one time, for the many that are sorted by it at every tick."""
-    key = key_of(policy)
+    key = key_at(policy, now_s)
 
-    def at_now(sequence: Sequence) -> float:
-        due_s, left_s, work_s = sequence.due_s, sequence.left_s, sequence.work_s
-        unit_s = work_s if work_s > LEAST_WORK_S else LEAST_WORK_S
-        first = key(now_s, sequence.timeline.arrival_s, due_s, left_s, unit_s)
-        return first + DEMOTED if demote_late and demoted(now_s, due_s, left_s, sequence.forgiven_s) else first
+    def at_now(s: Sequence) -> float:
+        stands_back = now_s + s.left_s > s.due_s and now_s < s.forgiven_s  # `demoted`: a call of it takes as long again
+        return key(s) + DEMOTED if stands_back else key(s)
 
-    return at_now
+    return at_now if demote_late else key
 
 
-def demoted(now_s: float, due_s: Number, left_s: Number, forgiven_s: Number) -> Number:
+def demoted(ranked: Ranked, now_s: float) -> Number:
     """Whether a request is late, but neither short nor so late that it must have its turn after all."""
-    return (now_s + left_s > due_s) & (now_s < forgiven_s)
+    return (now_s + ranked.left_s > ranked.due_s) & (now_s < ranked.forgiven_s)
 
 
-Key = Callable[[float, Number, Number, Number, Number], Number]
-"""(now, arrival, deadline, work left, work in all but at least LEAST_WORK_S) -> what goes first is smallest."""
-KEYS: dict[str, Key] = {
-    "fcfs": lambda now_s, arrival_s, due_s, left_s, unit_s: arrival_s,
-    "fcfs_exclusive": lambda now_s, arrival_s, due_s, left_s, unit_s: arrival_s,
-    "edf": lambda now_s, arrival_s, due_s, left_s, unit_s: due_s,
-    "srpt": lambda now_s, arrival_s, due_s, left_s, unit_s: left_s,
-    "lars": lambda now_s, arrival_s, due_s, left_s, unit_s: (due_s - now_s - left_s) / unit_s,
+KEYS: dict[str, Callable[[float], Key]] = {
+    "fcfs": lambda now_s: attrgetter("arrival_s"),
+    "fcfs_exclusive": lambda now_s: attrgetter("arrival_s"),
+    "edf": lambda now_s: attrgetter("due_s"),
+    "srpt": lambda now_s: attrgetter("left_s"),
+    "lars": slack_at,
 }
 
 
-def key_of(policy: str) -> Key:
-    """The key of a policy, of numbers or of arrays of them."""
+def key_at(policy: str, now_s: float) -> Key:
+    """The key of a policy at one time."""
     if policy not in KEYS:
         raise ValueError(f"no such policy: {policy}")
-    return KEYS[policy]
+    return KEYS[policy](now_s)

@@ -193,9 +193,19 @@ class Sequence:
     forgiven_s: float = math.inf  # until when it may have to stand back for being late
     work_s: float = 0.0  # predicted seconds of the whole prefill alone
     left_s: float = 0.0  # those of what has not been scheduled
+    unit_s: float = 1.0  # in which its slack is measured: its work, if it is not too small for that
     logits: dict[int, np.ndarray] = field(default_factory=dict)  # by prompt position, where asked for
     last_tick: int = -1  # the newest tick that carries a row of this sequence
     reason: str = ""  # why it finished: length, stop, cancelled, or an error's text
+
+    @property
+    def arrival_s(self) -> float:
+        return self.timeline.arrival_s
+
+    @property
+    def groups(self) -> set[int]:
+        """Those that hold its keys and values."""
+        return {span.group for span in self.spans}
 
     @property
     def finished(self) -> bool:

@@ -15,7 +15,7 @@ from mnemosyne_jax.serve.decoding import Decoding
 from mnemosyne_jax.serve.executor import NOT_FINITE, StepResult
 from mnemosyne_jax.serve.pace import Pace
 from mnemosyne_jax.serve.placement import Places
-from mnemosyne_jax.serve.policy import PrefillTimes, estimate, is_short, priority_at, relative_slack
+from mnemosyne_jax.serve.policy import PrefillTimes, estimate, is_short, priority_at, slack_at
 from mnemosyne_jax.serve.request import Phase, Request, Sequence, Timeline, checked
 from mnemosyne_jax.serve.room import ChunkRoom
 from mnemosyne_jax.serve.waiting import WaitingQueue
@@ -205,8 +205,9 @@ class Scheduler:
     ) -> Iterable[ChunkRow]:
         """Chunks by time budget; at most one long prompt in any group."""
         serve, load = self.serve, tick_time.with_decodes(self._empty, decodes)
-        budget_s = (serve.tbt_slo_s / self.mesh.spp if self._decoding else serve.idle_tick_s) / self.pace.ratio
-        decodes_s = (tick_time.program_s(0, 0) or 0.0) + max(load.attention_s)
+        decoding = decodes or self._decoding  # in this turn of the pipe, or in another
+        budget_s = (serve.tbt_slo_s / self.mesh.spp if decoding else serve.idle_tick_s) / self.pace.ratio
+        decodes_s = tick_time.program_s(0, 0) + max(load.attention_s)
         if decodes and decodes_s > budget_s:
             self._say_crowded(decodes_s, budget_s)
         if not self._prefilling:  # most ticks
@@ -215,16 +216,17 @@ class Scheduler:
         budget, area = TickBudget(tick_time, serve.buckets, self._loads, load), self._area
         area.clear()
         yields = serve.policy == "lars" and len(self._prefilling) > 1  # what is long, to the others
-        long_groups, nowhere = set[int](), set[int]()
+        slack, most, least = slack_at(now_s), serve.long_yield, min(serve.least_yield, serve.long_yield)
+        long_groups: set[int] = set()
         step, without_room = min(STEP, serve.chunk_tokens), 0
         for s in self._prefills(now_s):
             long = len(s.request.prompt) > serve.span_tokens
-            groups = {span.group for span in s.spans} if long else nowhere
-            if groups & long_groups or not (room := area.tokens_for(s)):
+            if (long_groups and long and s.groups & long_groups) or not (room := area.tokens_for(s)):
                 continue
             share = 1.0
             if long and yields:
-                share -= min(max(relative_slack(s, now_s), serve.least_yield), serve.long_yield)
+                spare = slack(s)  # compared by hand: `min` and `max` would be a hundredth of a decision
+                share -= least if spare < least else most if spare > most else spare
             length = budget.largest_chunk(s, room, budget_s * share, step)
             if length:
                 length = area.yielding(s, length, share, step)
@@ -232,7 +234,8 @@ class Scheduler:
                 length = min(step, room, len(s.request.prompt) - s.prompt_scheduled)
                 self.forced_chunks += not budget.largest_chunk(s, length, budget_s, step)  # or it only had to yield
             if length:
-                long_groups |= groups
+                if long:
+                    long_groups |= s.groups
                 budget.add_chunk(s, length)
                 self._last_chunk_tick = self.tick
                 yield self._take_chunk(area, s, length)
@@ -268,7 +271,7 @@ class Scheduler:
 
     def _admit(self, now_s: float) -> None:
         """Places waiting requests in order; who finds no room and must not be passed is passed by short ones only."""
-        if not self.waiting or not self.places.any_slot_free:
+        if not self.places.any_slot_free or not self.waiting:
             return
         places, passed, kept, refuses = self.places, 0, None, self.serve.late == "refuse"
         for sequence in self._waiting.in_order(now_s):

@@ -6,6 +6,7 @@ do. It takes a CostModel of its own, so that a scheduler is judged by another's 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import deque
 from collections.abc import Callable
@@ -134,7 +135,7 @@ def _work_s(tick_time: TickTime, load: BatchLoad) -> tuple[float, ...]:
     made = []
     for private, attention_s in zip(load.private_tokens, load.attention_s, strict=True):
         program_s = tick_time.program_s(load.shared_tokens, private)
-        assert program_s is not None, "no program holds a group of a batch"
+        assert program_s < math.inf, "no program holds a group of a batch"
         idle = not (load.shared_tokens or private or attention_s)
         made.append(0.0 if idle else program_s + attention_s)
     return tuple(made)

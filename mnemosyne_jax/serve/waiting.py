@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mnemosyne_jax.serve.policy import DEMOTED, LEAST_WORK_S, demoted, key_of
+from mnemosyne_jax.serve.policy import DEMOTED, Facts, demoted, key_at
 from mnemosyne_jax.serve.request import Sequence
 
 FEW = 64  # or less are looked at in nearly every tick, of all that wait
@@ -19,18 +19,12 @@ class WaitingQueue:
 
     def __init__(self, policy: str | None, demote_late: bool = False):
         self._policy, self._demote_late = policy, demote_late
+        self.strict = policy is None or policy.startswith("fcfs")  # nobody ever passes another
         self._next_number = itertools.count()
         self._sequences: list[Sequence] = []  # as they came
         self._numbers: dict[Sequence, int] = {}  # that they got as they came
-        # Of each in seconds: arrival, deadline, work, work but at least LEAST_WORK_S, and `forgiven_s`. The table
-        # grows by doubling.
-        self._facts = np.zeros((5, 16))
+        self._facts = np.zeros((len(Facts._fields), 16))  # a column each; the table grows by doubling
         self.tokens = 0  # of all prompts
-
-    @property
-    def strict(self) -> bool:
-        """Whether nobody ever passes another."""
-        return self._policy is None or self._policy.startswith("fcfs")
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -39,8 +33,7 @@ class WaitingQueue:
         count = len(self)
         if count == self._facts.shape[1]:
             self._facts = np.concatenate([self._facts, np.zeros_like(self._facts)], axis=1)
-        unit_s, arrival_s = max(sequence.work_s, LEAST_WORK_S), sequence.timeline.arrival_s
-        self._facts[:, count] = arrival_s, sequence.due_s, sequence.work_s, unit_s, sequence.forgiven_s
+        self._facts[:, count] = [getattr(sequence, name) for name in Facts._fields]
         self._sequences.append(sequence)
         self._numbers[sequence] = next(self._next_number)
         self.tokens += len(sequence.request.prompt)
@@ -68,11 +61,10 @@ class WaitingQueue:
         count = len(self)
         if self._policy is None or count < 2:
             return self._sequences.copy()
-        # Nothing is done: all work is left.
-        arrival_s, due_s, left_s, unit_s, forgiven_s = self._facts[:, :count]
-        keys = key_of(self._policy)(now_s, arrival_s, due_s, left_s, unit_s)
+        facts = Facts(*self._facts[:, :count])
+        keys = key_at(self._policy, now_s)(facts)
         if self._demote_late:
-            keys = keys + DEMOTED * demoted(now_s, due_s, left_s, forgiven_s)
+            keys = keys + DEMOTED * demoted(facts, now_s)
         last = min(few, count) - 1
         first = (keys <= np.partition(keys, last)[last]).nonzero()[0]  # all of equal keys, or none
         return [self._sequences[at] for at in first[keys[first].argsort(kind="stable")].tolist()]
@@ -82,7 +74,6 @@ class WaitingQueue:
 
         What has slack lets others pass; what is late, or came first under fcfs, does not: nobody waits for ever.
         """
-        due_s, left_s = sequence.due_s, sequence.left_s
-        if self._demote_late and demoted(now_s, due_s, left_s, sequence.forgiven_s):
+        if self._demote_late and demoted(sequence, now_s):
             return True
-        return not self.strict and due_s - now_s - left_s > 0
+        return not self.strict and sequence.due_s - now_s - sequence.left_s > 0
