@@ -24,7 +24,7 @@ def prefill_tiling(tokens: int, heads_per_kv: int, kv_heads: int, head_dim: int)
     rows = tokens * heads_per_kv
     if rows <= 64:
         return DECODE
-    if head_dim == 128 and rows >= 1536:
+    if head_dim == 128 and rows > 15 * 128:
         tile: dict[str, Any] = dict(rows=256, ctas=2)
     else:
         tile = dict(rows=192 if head_dim == 64 and rows >= 512 else 128)
