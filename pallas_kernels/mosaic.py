@@ -24,13 +24,11 @@ def prefill_tiling(tokens: int, heads_per_kv: int, kv_heads: int, head_dim: int)
     rows = tokens * heads_per_kv
     if rows <= 64:
         return DECODE
-    if head_dim == 128 and rows > 15 * 128:
-        tile: dict[str, Any] = dict(rows=256, ctas=2)
-    else:
-        tile = dict(rows=192 if head_dim == 64 and rows >= 512 else 128)
-    if rows * kv_heads < 2 * SMS * 128:
-        return Tiling(**tile, stages=2, waves=6, least_pages=4, heads_together=2, even=True)
-    return Tiling(**tile, stages=2, waves=32, least_pages=16, heads_together=1)
+    tile = 192 if head_dim == 64 and rows >= 512 else 128
+    shared: dict[str, Any] = dict(rows=256, ctas=2) if head_dim == 128 and rows > 15 * tile else dict(rows=tile)
+    if rows * kv_heads < 2 * SMS * tile:
+        return Tiling(**shared, stages=2, waves=6, least_pages=4, heads_together=2, even=True)
+    return Tiling(**shared, stages=2, waves=32, least_pages=16, heads_together=1)
 
 
 def unsupported(head_dim: int, heads_per_kv: int, page_tokens: int, dtype: Any) -> str | None:
