@@ -202,7 +202,8 @@ def main(args: list[str] | None = None) -> int:
         assert isinstance(loop.executor, SimExecutor)
         rows += stages.utilisation(loop.executor, span_s, policy=policy)
         rows.append(results.row("replay", round(took_s, 2), "s", policy=policy, ticks=ticks))
-        rows.append(results.row("chunks over budget", loop.scheduler.forced_chunks, "1", policy=policy))
+        if filling := loop.scheduler.filling:
+            rows.append(results.row("chunks over budget", filling.forced_chunks, "1", policy=policy))
         ttft, tbt = ([f"{x:.3g}" for x in _percentiles(values)] for values in _latencies(runs[policy]))
         print(f"{policy}: TTFT p50/p90/p99 {'/'.join(ttft)} s, TBT {'/'.join(tbt)} s; "
               f"{ticks} ticks, {span_s:.0f} s simulated in {took_s:.1f} s", flush=True)  # fmt: skip

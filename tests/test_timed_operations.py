@@ -66,7 +66,7 @@ class TimedWorld(World):
 
     def next_batch(self, now_s):
         """What the scheduler decides, once it is seen to be in time."""
-        forced = self.scheduler.forced_chunks
+        forced = self.scheduler.filling.forced_chunks
         batch = self.schedule(now_s)
         ending = {id(row.request) for row in batch.chunks if row.last}
         decoding = any(s.tokens_scheduled and id(s.request) not in ending for s in self.scheduler.sequences.values())
@@ -74,7 +74,7 @@ class TimedWorld(World):
         budget_s /= self.scheduler.pace.ratio  # the clock of the executor knows nothing of loads
         older = list(self.executor.history)[: self.mesh.spp - 1]
         seconds = self.time.seconds(tuple(self.load(one) for one in (batch, *older)))
-        forced = self.scheduler.forced_chunks - forced
+        forced = self.scheduler.filling.forced_chunks - forced
         if not forced:
             assert not batch.chunks or seconds <= budget_s * SLOP, "chunks made a tick too long"
         else:  # one, the smallest there is, in place of chunks that fit

@@ -75,7 +75,7 @@ def test_budget_is_kept_and_filled_beside_decodes(mesh):
         [sum(row.length for row in batch.chunks if row.request is long.request) for batch in one.loop.batches]
     )
     beside = (sizes > 0) & np.array([len(batch.decodes) > 0 for batch in one.loop.batches])
-    assert beside.sum() > 100 and one.scheduler.forced_chunks == 0
+    assert beside.sum() > 100 and one.scheduler.filling.forced_chunks == 0
     assert ticks[beside].max() <= budget_s * (1 + 1e-9)
     small = beside & (sizes < 2048)
     assert small.sum() > 100 and ticks[small].mean() >= 0.9 * budget_s
@@ -112,13 +112,13 @@ def test_smallest_chunk_runs_now_and_then_where_none_fits():
     one = Simulated(tbt_slo_s=1e-4, least_chunk_every=5)
     *_, prompt = one.run([*DECODES[:2], (1.0, 640, 1)])
     ticks = [b.tick for b in one.loop.batches if any(row.request is prompt.request for row in b.chunks)]
-    assert one.scheduler.forced_chunks >= 20 and set(np.diff(ticks)) == {5}
+    assert one.scheduler.filling.forced_chunks >= 20 and set(np.diff(ticks)) == {5}
 
 
 def test_areas_smaller_than_a_step_are_filled():
     one = Simulated(chunk_tokens=16, chunk_buckets=(16,))
     one.run([(0.0, 640, 1)])
-    assert one.scheduler.forced_chunks == 0 and sum(bool(b.chunks) for b in one.loop.batches) == 40
+    assert one.scheduler.filling.forced_chunks == 0 and sum(bool(b.chunks) for b in one.loop.batches) == 40
 
 
 def test_a_deadline_that_cannot_be_kept():
@@ -155,7 +155,7 @@ def test_queue_is_bounded_in_tokens_too():
 def test_decodes_that_alone_break_the_budget_are_said(caplog):
     one = Simulated(tbt_slo_s=1e-4)
     one.run(DECODES)
-    assert one.scheduler.crowded_ticks > 100
+    assert one.scheduler.filling.crowded_ticks > 100
     (record,) = caplog.records
     assert "decodes alone are predicted to take" in record.message
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-from collections import deque
 from collections.abc import Callable, Iterable
 
 from mnemosyne_jax.config import MeshSpec, ServeConfig
 from mnemosyne_jax.errors import RequestError
-from mnemosyne_jax.serve.batch import Batch, ChunkRow, DecodeRow
-from mnemosyne_jax.serve.budget import BatchLoad, TickBudget, TickTime
-from mnemosyne_jax.serve.chunking import STEP, ChooseChunk, largest_chunk
+from mnemosyne_jax.serve.batch import Batch, ChunkRow
+from mnemosyne_jax.serve.budget import TickTime
+from mnemosyne_jax.serve.chunking import ChooseChunk, largest_chunk
 from mnemosyne_jax.serve.decoding import Decoding
 from mnemosyne_jax.serve.executor import NOT_FINITE, StepResult
+from mnemosyne_jax.serve.filling import MOST_PASSED, TimeFilling, token_filling
 from mnemosyne_jax.serve.pace import Pace
 from mnemosyne_jax.serve.placement import Places
-from mnemosyne_jax.serve.policy import PrefillTimes, estimate, is_short, priority_at, slack_at
+from mnemosyne_jax.serve.policy import PrefillTimes, estimate, is_short, priority_at
 from mnemosyne_jax.serve.request import Phase, Request, Sequence, Timeline, checked
 from mnemosyne_jax.serve.room import ChunkRoom
 from mnemosyne_jax.serve.waiting import WaitingQueue
-
-log = logging.getLogger("mnemosyne_jax")
-MOST_PASSED = 16  # requests for which there is no room, or no time, that a tick looks past: it has other things to do
 
 
 class Scheduler:
@@ -46,15 +42,9 @@ class Scheduler:
     ):
         assert tick_time is None or prefill_times, "a time budget goes by the policy"
         self.serve, self.mesh, self.vocab = serve, mesh, vocab
-        self._choose_chunk = choose_chunk
-        self._tick_time, self._prefill_times = tick_time, prefill_times
-        self._loads = deque(
-            [BatchLoad.empty(mesh.kvp)] * (mesh.spp - 1), maxlen=mesh.spp - 1
-        )  # of the pipe, newest first
-        self._empty, self._area = BatchLoad.empty(mesh.kvp), ChunkRoom(serve, mesh.kvp, fits)
-        self.pace, self._last_chunk_tick = Pace(), -1
-        self.forced_chunks = 0  # chunks that ran although their tick was predicted to be over budget
-        self.crowded_ticks = 0  # ticks whose decodes alone were
+        self._prefill_times, self._choose_chunk = prefill_times, choose_chunk
+        self.pace, self._area = Pace(), ChunkRoom(serve, mesh.kvp, fits)
+        self.filling = tick_time and TimeFilling(serve, mesh, tick_time, self._area, self.pace)
         self.places = Places(serve, mesh, pool_pages)
         self.tick = 0  # the next to be submitted
         self.sequences: dict[str | int, Sequence] = {}  # waiting and running
@@ -143,11 +133,13 @@ class Scheduler:
         self.places.drain(self.tick - self.mesh.spp)
         self._admit(now_s)
         decodes = self._decoding.rows(self.tick)
-        if self._tick_time is None:
-            chunks = tuple(self._chunk_rows(now_s))
+        prefills = self._prefills(now_s) if self._prefilling else ()
+        if self.filling is None:
+            chunks = token_filling(prefills, self._area, self._choose_chunk)
         else:
-            chunks = tuple(self._timed_chunk_rows(self._tick_time, decodes, now_s))
-        batch = Batch(self.tick, decodes, chunks)
+            decoding = bool(decodes or self._decoding)
+            chunks = self.filling.chunks(self.tick, now_s, decodes, decoding, prefills)
+        batch = Batch(self.tick, decodes, tuple(self._take_chunk(s, length) for s, length in chunks))
         self.tick += 1
         return batch
 
@@ -183,16 +175,6 @@ class Scheduler:
         elif len(sequence.tokens) == sequence.request.max_new_tokens:
             self._finish(sequence, "length")
 
-    def _chunk_rows(self, now_s: float) -> Iterable[ChunkRow]:
-        """Chunks by token budget."""
-        area = self._area
-        area.clear()
-        for s in self._prefills(now_s):
-            if room := area.tokens_for(s):
-                length = self._choose_chunk(s, room)
-                if length:
-                    yield self._take_chunk(area, s, length)
-
     def _prefills(self, now_s: float) -> list[Sequence]:
         """Prompts under way that may have a chunk, the first to have one first."""
         policy, demote_late, prefills = self.serve.policy, self.serve.late == "demote", self._prefilling.copy()
@@ -200,63 +182,8 @@ class Scheduler:
             prefills.sort(key=priority_at(policy, now_s, demote_late))
         return prefills[:1] if self._prefill_times and policy == "fcfs_exclusive" else prefills
 
-    def _timed_chunk_rows(
-        self, tick_time: TickTime, decodes: tuple[DecodeRow, ...], now_s: float
-    ) -> Iterable[ChunkRow]:
-        """Chunks by time budget; at most one long prompt in any group."""
-        serve, load = self.serve, tick_time.with_decodes(self._empty, decodes)
-        decoding = decodes or self._decoding  # in this turn of the pipe, or in another
-        budget_s = (serve.tbt_slo_s / self.mesh.spp if decoding else serve.idle_tick_s) / self.pace.ratio
-        decodes_s = tick_time.program_s(0, 0) + max(load.attention_s)
-        if decodes and decodes_s > budget_s:
-            self._say_crowded(decodes_s, budget_s)
-        if not self._prefilling:  # most ticks
-            self._loads.appendleft(load)
-            return
-        budget, area = TickBudget(tick_time, serve.buckets, self._loads, load), self._area
-        area.clear()
-        yields = serve.policy == "lars" and len(self._prefilling) > 1  # what is long, to the others
-        slack, most, least = slack_at(now_s), serve.long_yield, min(serve.least_yield, serve.long_yield)
-        long_groups: set[int] = set()
-        step, without_room = min(STEP, serve.chunk_tokens), 0
-        for s in self._prefills(now_s):
-            long = len(s.request.prompt) > serve.span_tokens
-            if (long_groups and long and s.groups & long_groups) or not (room := area.tokens_for(s)):
-                continue
-            share = 1.0
-            if long and yields:
-                spare = slack(s)  # compared by hand: `min` and `max` would be a hundredth of a decision
-                share -= least if spare < least else most if spare > most else spare
-            length = budget.largest_chunk(s, room, budget_s * share, step)
-            if length:
-                length = area.yielding(s, length, share, step)
-            elif self.tick - self._last_chunk_tick >= serve.least_chunk_every:
-                length = min(step, room, len(s.request.prompt) - s.prompt_scheduled)
-                self.forced_chunks += not budget.largest_chunk(s, length, budget_s, step)  # or it only had to yield
-            if length:
-                if long:
-                    long_groups |= s.groups
-                budget.add_chunk(s, length)
-                self._last_chunk_tick = self.tick
-                yield self._take_chunk(area, s, length)
-                if budget.full(budget_s):
-                    break
-            elif (without_room := without_room + 1) == MOST_PASSED:
-                break
-        self.pace.expect(self.tick, budget.seconds)
-        self._loads.appendleft(budget.load)
-
-    def _say_crowded(self, predicted_s: float, budget_s: float) -> None:
-        if not self.crowded_ticks:
-            log.warning(
-                "decodes alone are predicted to take %.1f ms, more than the %.1f ms of a tick: admit fewer rows, or "
-                "spread them over more devices", 1e3 * predicted_s, 1e3 * budget_s,
-            )  # fmt: skip
-        self.crowded_ticks += 1
-
-    def _take_chunk(self, area: ChunkRoom, s: Sequence, length: int) -> ChunkRow:
+    def _take_chunk(self, s: Sequence, length: int) -> ChunkRow:
         row = ChunkRow(s.request, s.slot, s.group, s.spans, s.prompt_scheduled, length)
-        area.take(s, length)
         s.prompt_scheduled += length
         s.last_tick = self.tick
         if self._prefill_times:
