@@ -238,10 +238,11 @@ def test_one_long_row_among_short_ones_is_shared_out(kv_heads):
 def until_all_end(work: Work, kv_heads: int) -> int:
     """Pages until the last SM has ended: each that is free takes the next item and head, in the kernel's order."""
     ends = [0] * (SMS // work.tiling.ctas)
-    lengths = [len(pages_of(Item(*words))) for words in work.items_IW.tolist()]
-    for index in range(len(lengths) * kv_heads):
-        item, _ = work.tiling.place(index, int(work.full_items_1[0]), kv_heads)
-        heapq.heappush(ends, heapq.heappop(ends) + lengths[int(item)])
+    lengths = np.array([len(pages_of(Item(*words))) for words in work.items_IW.tolist()])
+    items, heads = work.tiling.place(np.arange(len(lengths) * kv_heads), int(work.full_items_1[0]), kv_heads)
+    assert len({*zip(items.tolist(), heads.tolist(), strict=True)}) == len(lengths) * kv_heads
+    for length in lengths[np.asarray(items)].tolist():
+        heapq.heappush(ends, heapq.heappop(ends) + length)
     return max(ends)
 
 
