@@ -25,6 +25,7 @@ def prefill_tiling(tokens: int, heads_per_kv: int, kv_heads: int, head_dim: int)
     if rows <= 64:
         return DECODE
     tile = 192 if head_dim == 64 and rows >= 512 else 128
+    # From 504 tokens of four heads on: chunks of fewer leave much of such a tile empty.
     shared: dict[str, Any] = dict(rows=256, ctas=2) if head_dim == 128 and rows > 15 * tile else dict(rows=tile)
     if rows * kv_heads < 2 * SMS * tile:
         return Tiling(**shared, stages=2, waves=6, least_pages=4, heads_together=2, even=True)

@@ -16,7 +16,7 @@ from mnemosyne_jax.serve.request import Sequence
 from mnemosyne_jax.serve.room import ChunkRoom
 
 log = logging.getLogger("mnemosyne_jax")
-MOST_PASSED = 16  # prompts for which there is no room, or no time, that a tick looks past: it has other things to do
+MOST_PASSED = 16  # of those who find no room, or no time, a tick looks past so many: it has other things to do
 
 Chunk = tuple[Sequence, int]
 """Of which prompt, and how many tokens."""
