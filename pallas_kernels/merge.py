@@ -23,9 +23,9 @@ MANY_CTAS = 2 * SMS
 
 
 def merge_items(
-    out_IKMH: jax.Array, lse_IKM: jax.Array, merges_TW: jax.Array, *, heads_per_kv: int, interpret: Any
+    out_IKMH: jax.Array, lse_IKM: jax.Array, merges_TW: jax.Array, *, heads_per_kv: int, dtype: Any, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """(out_TNH, lse_TN) of the partials of a work list's items; (0, MASKED) where there are none."""
+    """(out_TNH of `dtype`, lse_TN) of the partials of a work list's items; (0, MASKED) where there are none."""
     K, H, T, G = out_IKMH.shape[1], out_IKMH.shape[3], merges_TW.shape[0], heads_per_kv
     # A few tokens leave SMs to spare, and may have many partials each: a head for each warpgroup, its loads in flight.
     heads, at_once = (1, 32) if T * K * G <= MANY_CTAS else (G, max(1, 8 // G))
@@ -45,10 +45,12 @@ def merge_items(
 
         results = _merge_in_order(read, merge.partials, heads, H, at_once, interpret)
         for g, (out, lse) in enumerate(results):
-            merged_ref[token, group * heads + g] = out
+            merged_ref[token, group * heads + g] = out.astype(merged_ref.dtype)
             merged_lse_ref[token, group * heads + g] = lse
 
-    return _kernel(body, T, K * G // heads, K * G, H, interpret)(merges_TW, out_IKMH, lse_IKM)
+    stored = dtype if H % 128 == 0 else jnp.float32  # a thread of few would store two bytes of one number
+    out_TNH, lse_TN = _kernel(body, T, K * G // heads, K * G, H, stored, interpret)(merges_TW, out_IKMH, lse_IKM)
+    return out_TNH.astype(dtype), lse_TN
 
 
 def merge_partials(out_XTNH: jax.Array, lse_XTN: jax.Array, *, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
@@ -67,7 +69,7 @@ def merge_partials(out_XTNH: jax.Array, lse_XTN: jax.Array, *, interpret: Any = 
             merged_ref[token, group * heads + g] = out
             merged_lse_ref[token, group * heads + g] = lse
 
-    return _kernel(body, T, N // heads, N, H, interpret)(out_XTNH, lse_XTN)
+    return _kernel(body, T, N // heads, N, H, jnp.float32, interpret)(out_XTNH, lse_XTN)
 
 
 def _merge_in_order(
@@ -105,10 +107,10 @@ def _layout(H: int) -> Any:
     return plgpu.Layout.WG_STRIDED((H,), vec_size=1) if H % 128 == 0 else tc.ROWS
 
 
-def _kernel(body: Callable, T: int, groups: int, N: int, H: int, interpret: Any) -> Callable:
+def _kernel(body: Callable, T: int, groups: int, N: int, H: int, dtype: Any, interpret: Any) -> Callable:
     return plgpu.kernel(
         body,
-        out_type=(jax.ShapeDtypeStruct((T, N, H), jnp.float32), jax.ShapeDtypeStruct((T, N), jnp.float32)),
+        out_type=(jax.ShapeDtypeStruct((T, N, H), dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)),
         grid=(groups, T),
         grid_names=("head", "token"),
         kernel_name="merge_partials",

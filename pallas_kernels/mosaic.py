@@ -52,19 +52,25 @@ def prefill_work(
     heads_per_kv: int,
     kv_heads: int,
     head_dim: int,
+    decodes: int = 0,
     **rows_R: Any,
 ) -> Work:
-    """The work list of a `chunked_prefill`; `rows_R` are its slots, kv_lens, key_start and key_stride."""
-    tiling = prefill_tiling(q_positions_T.shape[0], heads_per_kv, kv_heads, head_dim)
+    """The work list of a `chunked_prefill`; `rows_R` are its slots, kv_lens, key_start and key_stride.
+
+    The first `decodes` rows have one query each, the tokens before all others: they share one list with the chunks.
+    """
+    tiling = prefill_tiling(q_positions_T.shape[0] - decodes, heads_per_kv, kv_heads, head_dim)
     heads: Any = dict(heads_per_kv=heads_per_kv, kv_heads=kv_heads)
-    return work_list(cu_q_lens_R1, q_positions_T, **rows_R, page_tokens=PAGE_TOKENS, tiling=tiling, **heads)
+    ragged = (cu_q_lens_R1, q_positions_T)
+    return work_list(*ragged, **rows_R, **heads, page_tokens=PAGE_TOKENS, tiling=tiling, singles=decodes)
 
 
 def decode_work(q_positions_R: jax.Array, *, heads_per_kv: int, kv_heads: int, **rows_R: Any) -> Work:
     """The work list of a `paged_decode`; `rows_R` as in `prefill_work`."""
-    cu_q_lens_R1 = jnp.arange(q_positions_R.shape[0] + 1, dtype=jnp.int32)
+    R = q_positions_R.shape[0]
+    ragged = (jnp.arange(R + 1, dtype=jnp.int32), q_positions_R)
     heads: Any = dict(heads_per_kv=heads_per_kv, kv_heads=kv_heads)
-    return work_list(cu_q_lens_R1, q_positions_R, **rows_R, page_tokens=PAGE_TOKENS, tiling=DECODE, **heads)
+    return work_list(*ragged, **rows_R, **heads, page_tokens=PAGE_TOKENS, tiling=DECODE, singles=R)
 
 
 def chunked_prefill(
@@ -107,16 +113,18 @@ def attend_work(
     page_table_SJ: jax.Array,
     work: Work,
     *,
+    dtype: Any = jnp.float32,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """What `chunked_prefill` or `paged_decode` returns, for a work list made before: (out_TNH, lse_TN)."""
+    """What `chunked_prefill` or `paged_decode` returns, for a work list made before: (out_TNH of `dtype`, lse_TN)."""
     T, N, H = q_TNH.shape
     K = kv_LP2KBH.shape[3]
     G = N // K
     q_TKGH = q_TNH.astype(kv_LP2KBH.dtype).reshape(T, K, G, H)
-    tiles, t = work.tokens_Nt.shape
-    q_NtKGH = q_TKGH[:, None] if t == 1 else q_TKGH[work.tokens_Nt]
-    q_NKMH = q_NtKGH.swapaxes(1, 2).reshape(tiles, K, t * G, H)
-    q_NKMH = jnp.pad(q_NKMH, ((0, 0), (0, 0), (0, -(t * G) % 8), (0, 0)))
-    parts = attend.partials(q_NKMH, kv_LP2KBH, layer, page_table_SJ, work, interpret=interpret)
-    return merge.merge_items(*parts, work.merges_TW, heads_per_kv=G, interpret=interpret)
+    if work.tile_rows < 64:  # tiles of one query each: as they lie
+        q_TKGH = jnp.pad(q_TKGH, ((0, 0), (0, 0), (0, work.tile_rows - G), (0, 0)))
+        q_KMH = q_TKGH.swapaxes(0, 1).reshape(K, -1, H)
+    else:
+        q_KMH = q_TKGH[work.token_M, :, work.head_M].swapaxes(0, 1)
+    parts = attend.partials(q_KMH, kv_LP2KBH, layer, page_table_SJ, work, interpret=interpret)
+    return merge.merge_items(*parts, work.merges_TW, heads_per_kv=G, dtype=dtype, interpret=interpret)

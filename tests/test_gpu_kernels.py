@@ -33,6 +33,7 @@ from tests.gpu_cases import (
     Case,
     Model,
     affine,
+    build,
     check,
     chosen,
     many,
@@ -142,6 +143,31 @@ def test_mean_of_integers_is_exact(model):
     want_TKH = np.stack([values_SKH[:n].mean(0, dtype=np.float64) for n in counts])
     np.testing.assert_array_equal(out, np.repeat(want_TKH, G, axis=1))
     assert np.abs(lse - np.log2(counts)[:, None]).max() <= LSE_TOLERANCE
+
+
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_decodes_beside_chunks(model):
+    """One list for both, with chunks in tiles of every kind."""
+    rng = np.random.default_rng(5)
+    lens = [1] * 40 + [200, 37, 0, 90, 12]
+    stored = np.exp(rng.uniform(0, np.log(1500), len(lens))).astype(int)
+    starts, strides = rng.integers(0, 4, len(lens)), rng.integers(1, 5, len(lens))
+    firsts = (rng.uniform(0.2, 1.1, len(lens)) * (starts * B + strides * stored)).astype(int)
+    case = build(rng, model, lens, stored, firsts, starts, strides)
+    got = beside(case.q_TNH, case.kv, case.table_SJ, case.cu_R1, case.positions_T, case.rows)
+    check(f"{model} decodes beside chunks", got, case.expected(), model.dtype)
+    case.rows["kv_lens_R"][40:] = 0
+    alone = beside(case.q_TNH, case.kv, case.table_SJ, case.cu_R1, case.positions_T, case.rows)
+    check(f"{model} the decodes alone", [x[:40] for x in alone], [x[:40] for x in case.expected()], model.dtype)
+
+
+@jax.jit
+def beside(q_TNH, kv, table_SJ, cu_R1, positions_T, rows):
+    """Rows of which the first 40 have one query each."""
+    N, K = q_TNH.shape[1], kv.shape[3]
+    heads = dict(heads_per_kv=N // K, kv_heads=K, head_dim=q_TNH.shape[2])
+    work = mosaic.prefill_work(cu_R1, positions_T, decodes=40, **heads, **rows)
+    return mosaic.attend_work(q_TNH, kv, 1, table_SJ, work)
 
 
 # --- against themselves -----------------------------------------------------------------------------------------------

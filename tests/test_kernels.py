@@ -101,12 +101,12 @@ def make_case(
     return case
 
 
-@functools.partial(jax.jit, static_argnames="tiling")
-def attend_tiled(q_TNH, kv_LP2KBH, layer, table_SJ, *, cu_q_lens_R1, q_positions_T, tiling, **rows_R):
+@functools.partial(jax.jit, static_argnames=("tiling", "singles"))
+def attend_tiled(q_TNH, kv_LP2KBH, layer, table_SJ, *, cu_q_lens_R1, q_positions_T, tiling, singles=0, **rows_R):
     """`mosaic.chunked_prefill` with a tiling of one's own."""
     K = kv_LP2KBH.shape[3]
-    heads = dict(heads_per_kv=q_TNH.shape[1] // K, kv_heads=K)
-    cut = work.work_list(cu_q_lens_R1, q_positions_T, **rows_R, page_tokens=B, tiling=tiling, **heads)
+    cut = dict(heads_per_kv=q_TNH.shape[1] // K, kv_heads=K, page_tokens=B, tiling=tiling, singles=singles)
+    cut = work.work_list(cu_q_lens_R1, q_positions_T, **rows_R, **cut)
     return mosaic.attend_work(q_TNH, kv_LP2KBH, layer, table_SJ, cut, interpret=INTERPRET)
 
 
@@ -201,6 +201,28 @@ def test_one_query_a_row(f):
         strides=[1, 1, 1, 3, 1],
     )
     check(call(f, case), case)
+
+
+@pytest.mark.parametrize(("tiling", "dtype", "head_dim"), [
+    (mosaic.DECODE, "float16", 64),
+    (Tiling(128, 2, 2, 1, 2), "bfloat16", 128),
+    (Tiling(256, 2, 2, 1, 1, ctas=2), "bfloat16", 128),
+])  # fmt: skip
+def test_decodes_beside_chunks(tiling, dtype, head_dim):
+    """One list for both: warpgroups without a query let pass the pages of tiles of one, and of the last of a chunk."""
+    case = make_case(
+        dtype,
+        8,
+        2,
+        head_dim,
+        lens=[1, 1, 1, 35, 0, 7],
+        firsts=[249, 9, 530, 100, 3, 150],
+        stored=[250, 0, 200, 135, 0, 157],
+        starts=[0, 0, 1, 0, 0, 0],
+        strides=[1, 1, 3, 1, 1, 1],
+        padding=3,
+    )
+    check(call(attend_tiled, case, tiling=tiling, singles=3), case)
 
 
 @pytest.mark.parametrize("side", ["key", "value"])

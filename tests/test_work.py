@@ -24,6 +24,7 @@ class Cut(NamedTuple):
     heads_per_kv: int
     kv_heads: int
     tiling: Tiling
+    singles: int = 0
 
     def longest(self, pages: int) -> int:
         """The length of an item when the tiles see so many pages together, in Python's unbounded integers."""
@@ -31,22 +32,25 @@ class Cut(NamedTuple):
         return max(self.tiling.least_pages, -(-pages // aimed_at))
 
 
-# Every tile, head count, wave count and least length, with one query a tile (tokens <= rows) and with many.
+# Every tile, head count, wave count and least length, with no, some and only tiles of one query.
 CUTS = [
-    Cut(tokens, rows, heads, kv_heads, Tiling(tile, 2, waves, least, even=even))
+    Cut(tokens, rows, heads, kv_heads, Tiling(tile, 2, waves, least, even=even), singles)
     for even in (False, True)
-    for tokens, rows, heads, kv_heads, tile, waves, least in [
-        (60, 5, 1, 1, 64, 1, 1),
-        (150, 6, 3, 2, 64, 1, 2),
-        (100, 4, 4, 8, 64, 2, 1),
-        (40, 6, 7, 8, 64, 1, 3),
-        (50, 5, 16, 8, 128, 1, 1),
-        (300, 3, 1, 2, 128, 3, 4),
-        (90, 7, 7, 8, 128, 4, 2),
-        (130, 6, 4, 1, 192, 16, 1),
-        (70, 1, 16, 8, 192, 2, 2),
-        (8, 8, 1, 8, 64, 1, 1),
-        (20, 24, 16, 2, 64, 8, 3),
+    for tokens, rows, heads, kv_heads, tile, waves, least, singles in [
+        (60, 5, 1, 1, 64, 1, 1, 0),
+        (150, 6, 3, 2, 64, 1, 2, 0),
+        (100, 4, 4, 8, 64, 2, 1, 0),
+        (40, 6, 7, 8, 64, 1, 3, 0),
+        (50, 5, 16, 8, 128, 1, 1, 0),
+        (300, 3, 1, 2, 128, 3, 4, 0),
+        (90, 7, 7, 8, 128, 4, 2, 0),
+        (130, 6, 4, 1, 192, 16, 1, 0),
+        (70, 1, 16, 8, 192, 2, 2, 0),
+        (8, 8, 1, 8, 64, 1, 1, 8),
+        (20, 24, 16, 2, 64, 8, 3, 20),
+        (100, 9, 4, 8, 128, 6, 2, 5),
+        (61, 4, 7, 2, 64, 2, 1, 3),
+        (140, 40, 3, 8, 192, 2, 4, 32),
     ]
 ]
 
@@ -67,7 +71,7 @@ def program(cut: Cut, page_tokens: int):
     """rows -> Work, compiled once and for good: what it is called with later are data."""
 
     def make(rows: Rows) -> Work:
-        _, _, heads_per_kv, kv_heads, tiling = cut
+        _, _, heads_per_kv, kv_heads, tiling, singles = cut
         return work_list(
             rows.cu,
             rows.positions,
@@ -79,6 +83,7 @@ def program(cut: Cut, page_tokens: int):
             heads_per_kv=heads_per_kv,
             kv_heads=kv_heads,
             tiling=tiling,
+            singles=singles,
         )
 
     def words(*shape):
@@ -97,6 +102,9 @@ def ragged(cut: Cut, seed: int) -> Rows:
     rng = np.random.default_rng(seed)
     R, far = cut.rows, 2**24 // B * rng.integers(0, 2, cut.rows)  # in pages: where float32 no longer counts
     cu = np.append(0, np.sort(rng.integers(0, cut.tokens + 1, R)))
+    if 0 < cut.singles < cut.tokens:
+        cu[: cut.singles + 1] = np.arange(cut.singles + 1)
+        cu[cut.singles + 1 :] = np.sort(rng.integers(cut.singles, cut.tokens + 1, R - cut.singles))
     starts, strides = rng.integers(0, 12, R), rng.integers(1, 5, R)
     kv_lens = rng.integers(0, rng.choice([0, B, 80 * B, 80 * B], R) + 1)
     positions = rng.integers(0, 999, cut.tokens)  # of padding: anything
@@ -128,34 +136,46 @@ def test_work_list(cut, seed):
     rows = ragged(cut, seed)
     work = listed(cut, rows)
     items = [Item(*words) for words in work.items_IW.tolist()]
-    rows_used = work.tokens_Nt.shape[1] * cut.heads_per_kv
-    real_Nt = work.positions_NM[:, : rows_used : cut.heads_per_kv] >= 0
-    tiles = {n: work.tokens_Nt[n][real] for n, real in enumerate(real_Nt) if real.any()}
+    tiles = {int(first): work.token_M[rows] for first, rows in queries_of(cut, work).items()}
     check_tiles(cut, rows, work, tiles)
     pages = []
     for n, tokens in tiles.items():
         row = int(np.searchsorted(rows.cu, tokens[0], side="right")) - 1
-        mine = sorted((x for x in items if x.tile == n and pages_of(x)), key=lambda x: x.partial)
+        mine = sorted((x for x in items if x.first_row == n and pages_of(x)), key=lambda x: x.partial)
         pages.append(check_pages(rows, row, visible(rows, row, tokens), mine))
-        check_merges(work, n, tokens, mine)
+        assert {item.rows for item in mine} <= {len(tokens) * cut.heads_per_kv}
+        check_merges(work, tokens, mine)
     assert (work.merges_TW[rows.cu[-1] :, Merge._fields.index("partials")] == 0).all()
     check_items(cut, items, pages)
 
 
-def positions(cut, work):
-    """The position of each query of each tile, -1 where there is none."""
-    return work.positions_NM[:, :: cut.heads_per_kv][:, : work.tokens_Nt.shape[1]]
+def queries_of(cut, work) -> dict[int, np.ndarray]:
+    """By the first row of each tile that has queries: the row of each query's first head."""
+    single_rows = -(-cut.heads_per_kv // 8) * 8
+    shared = np.arange(cut.singles * single_rows, len(work.token_M), cut.tiling.rows)
+    firsts = np.append(np.arange(cut.singles) * single_rows, shared)
+    found = {}
+    for first, end in zip(firsts, np.append(firsts[1:], len(work.token_M)), strict=True):
+        real = first + np.flatnonzero(work.position_M[first:end] >= 0)
+        if len(real):
+            found[int(first)] = real[:: cut.heads_per_kv]
+    return found
 
 
 def check_tiles(cut, rows, work, tiles):
     """Every query is in one tile, with queries of its own row only, in their order; its heads side by side."""
+    G = cut.heads_per_kv
     assert np.concatenate([*tiles.values(), []]).tolist() == list(range(rows.cu[-1]))
-    positions_NM = np.full((len(work.tokens_Nt), cut.tiling.rows), -1)
-    for n, tokens in tiles.items():
-        positions_NM[n, : len(tokens) * cut.heads_per_kv] = np.repeat(rows.positions[tokens], cut.heads_per_kv)
+    position_M = np.full(len(work.position_M), -1)
+    for first, tokens in tiles.items():
+        used = slice(first, first + len(tokens) * G)
+        position_M[used] = np.repeat(rows.positions[tokens], G)
+        assert work.token_M[used].tolist() == np.repeat(tokens, G).tolist()
+        assert work.head_M[used].tolist() == list(range(G)) * len(tokens)
         assert len({int(np.searchsorted(rows.cu, token, side="right")) for token in tokens}) == 1
-        assert cut.tokens > cut.rows or tokens.tolist() == [n]  # the kernel takes such queries as they lie
-    np.testing.assert_array_equal(work.positions_NM, positions_NM)
+        assert tokens[0] >= cut.singles or len(tokens) == 1
+        assert first % 8 == 0
+    np.testing.assert_array_equal(work.position_M, position_M)
 
 
 def check_pages(rows, row, seen, mine) -> int:
@@ -169,13 +189,13 @@ def check_pages(rows, row, seen, mine) -> int:
     return len(want)
 
 
-def check_merges(work, n, tokens, mine):
+def check_merges(work, tokens, mine):
     """A query finds its partials side by side, all of its tile's and no other, and itself in them."""
-    for token in tokens:
+    for place, token in enumerate(tokens):
         merge = Merge(*work.merges_TW[token].tolist())
         found = range(merge.first_partial, merge.first_partial + merge.partials)
         assert list(found) == [item.partial for item in mine]
-        assert work.tokens_Nt[n, merge.place] == token
+        assert merge.place == place
 
 
 def check_items(cut, items, pages):
@@ -211,9 +231,10 @@ def check_long_rows(cut: Cut, rows: Rows):
     runs = {}
     for item in sorted(items, key=lambda x: x.partial):
         if pages_of(item):
-            assert item.begin_page == runs.get(item.tile, 0)
-            runs[item.tile] = item.end_page
-    want = {n: int(last) // mosaic.PAGE_TOKENS + 1 for n, last in enumerate(work.positions_NM.max(1)) if last >= 0}
+            assert item.begin_page == runs.get(item.first_row, 0)
+            runs[item.first_row] = item.end_page
+    tiles = queries_of(cut, work).items()
+    want = {first: int(work.position_M[queries].max()) // mosaic.PAGE_TOKENS + 1 for first, queries in tiles}
     assert runs == want
     check_items(cut, items, want.values())
 
@@ -229,7 +250,7 @@ def test_one_program_for_every_context(heads_per_kv, context):
 @pytest.mark.parametrize("kv_heads", [1, 8])
 def test_one_long_row_among_short_ones_is_shared_out(kv_heads):
     """255 short requests and one of 10 million tokens: no SM works longer than the mean."""
-    cut = Cut(256, 256, 4, kv_heads, mosaic.DECODE)
+    cut = Cut(256, 256, 4, kv_heads, mosaic.DECODE, singles=256)
     contexts = np.random.default_rng(0).integers(1, 2000, 256)
     contexts[100] = 10_000_000
     check_long_rows(cut, long_rows(cut, contexts, 1))

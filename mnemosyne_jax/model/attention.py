@@ -9,6 +9,7 @@ import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mnemosyne_jax.config import ModelConfig, ServeConfig
 from mnemosyne_jax.errors import RequestError
@@ -29,8 +30,7 @@ class Placement:
     decodes: Rows
     chunks: Rows
     chunk_positions: jax.Array
-    decode_work: Work | None = None  # how the Mosaic kernels share out the rows; None: the reference kernels run
-    chunk_work: Work | None = None
+    work: Work | None = None  # how the Mosaic kernels share out all rows; None: the reference kernels run
 
 
 def refuse_impl(impl: str) -> None:
@@ -70,20 +70,23 @@ def place(
 
 
 def share_out(placement: Placement, kv_LP2KBH: jax.Array, heads: int) -> Placement:
-    """The Placement with work lists for the Mosaic kernels, made once for all layers. `heads`: query heads here."""
+    """The Placement with the work list of the Mosaic kernels, made once for all layers. `heads`: query heads here."""
     kv_heads, head_dim = kv_LP2KBH.shape[3], kv_LP2KBH.shape[5]
     decodes, chunks = placement.decodes, placement.chunks
     cut: dict[str, Any] = dict(heads_per_kv=heads // kv_heads, kv_heads=kv_heads)
-    decode_work = mosaic.decode_work(decodes.positions, **cut, **_keys_of(decodes))
-    chunk_work = None
-    if placement.chunk_positions.shape[0]:
-        ragged = (chunks.cu_q_lens, placement.chunk_positions)
-        chunk_work = mosaic.prefill_work(*ragged, head_dim=head_dim, **cut, **_keys_of(chunks))
-    return replace(placement, decode_work=decode_work, chunk_work=chunk_work)
+    if not placement.chunk_positions.shape[0]:
+        return replace(placement, work=mosaic.decode_work(decodes.positions, **cut, **_keys_of(decodes)))
+    R = decodes.positions.shape[0]
+    rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), _keys_of(decodes), _keys_of(chunks))
+    ragged = (
+        jnp.concatenate([jnp.arange(R), R + chunks.cu_q_lens]),
+        jnp.concatenate([decodes.positions, placement.chunk_positions]),
+    )
+    return replace(placement, work=mosaic.prefill_work(*ragged, head_dim=head_dim, decodes=R, **cut, **rows))
 
 
 def attend(kv_LP2KBH: jax.Array, layer: jax.Array, q_TNH, k_TKH, v_TKH, placement: Placement, shape: StepShape):
-    """(the cache with this tick's keys and values, out_TNH float32 over all keys of every group).
+    """(the cache with this tick's keys and values, out_TNH over all keys of every group).
 
     Only shared rows are merged over kvp. Private rows are whole as they are: row i of one group and
     row i of another are different requests.
@@ -91,26 +94,31 @@ def attend(kv_LP2KBH: jax.Array, layer: jax.Array, q_TNH, k_TKH, v_TKH, placemen
     chex.assert_shape([k_TKH, v_TKH], (shape.tokens, kv_LP2KBH.shape[3], kv_LP2KBH.shape[5]))
     chex.assert_shape(q_TNH, (shape.tokens, None, kv_LP2KBH.shape[5]))
     kv_LP2KBH = cache.write(kv_LP2KBH, layer, k_TKH, v_TKH, placement.page_T, placement.offset_T)
-    decodes, chunks, R = placement.decodes, placement.chunks, shape.slots
-
+    R, alone = shape.slots, lax.axis_size("kvp") == 1  # what is merged over groups is merged in float32
     held = (kv_LP2KBH, layer, placement.page_table_SJ)
-    if placement.decode_work is not None:
-        decode = mosaic.attend_work(q_TNH[:R], *held, placement.decode_work)
+    if placement.work is None:
+        part = _by_reference(q_TNH, held, placement, R)
     else:
-        decode = reference.paged_decode(q_TNH[:R], *held, q_positions_R=decodes.positions, **_keys_of(decodes))
-    parts = [Partial(*decode)]
-    if placement.chunk_work is not None:
-        parts.append(Partial(*mosaic.attend_work(q_TNH[R:], *held, placement.chunk_work)))
-    elif shape.chunk_tokens:
-        ragged: dict[str, Any] = dict(cu_q_lens_R1=chunks.cu_q_lens, q_positions_T=placement.chunk_positions)
-        parts.append(Partial(*reference.chunked_prefill(q_TNH[R:], *held, **ragged, **_keys_of(chunks))))
-
-    counts = (shape.shared_slots, shape.shared_tokens)[: len(parts)]
-    shared = [jax.tree.map(lambda x, n=n: x[:n], part) for part, n in zip(parts, counts, strict=True)]
-    merged = merge_over_kvp(jax.tree.map(lambda *x: jnp.concatenate(x), *shared)).out_TNH
-    split = jnp.split(merged, [shape.shared_slots])
-    rows = [x for part, whole, n in zip(parts, split, counts, strict=False) for x in (whole, part.out_TNH[n:])]
+        dtype = q_TNH.dtype if alone else jnp.float32
+        part = Partial(*mosaic.attend_work(q_TNH, *held, placement.work, dtype=dtype))
+    if alone:
+        return kv_LP2KBH, part.out_TNH
+    shared = [slice(0, shape.shared_slots), slice(R, R + shape.shared_tokens)]
+    private = [slice(shape.shared_slots, R), slice(R + shape.shared_tokens, None)]
+    merged_TNH = merge_over_kvp(jax.tree.map(lambda x: jnp.concatenate([x[rows] for rows in shared]), part)).out_TNH
+    whole = jnp.split(merged_TNH, [shape.shared_slots])
+    rows = [x for both in zip(whole, (part.out_TNH[rows] for rows in private), strict=True) for x in both]
     return kv_LP2KBH, jnp.concatenate(rows)
+
+
+def _by_reference(q_TNH: jax.Array, held: tuple, placement: Placement, R: int) -> Partial:
+    decodes, chunks = placement.decodes, placement.chunks
+    part = Partial(*reference.paged_decode(q_TNH[:R], *held, q_positions_R=decodes.positions, **_keys_of(decodes)))
+    if not placement.chunk_positions.shape[0]:
+        return part
+    ragged: dict[str, Any] = dict(cu_q_lens_R1=chunks.cu_q_lens, q_positions_T=placement.chunk_positions)
+    more = Partial(*reference.chunked_prefill(q_TNH[R:], *held, **ragged, **_keys_of(chunks)))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), part, more)
 
 
 def _keys_of(rows: Rows) -> dict[str, Any]:

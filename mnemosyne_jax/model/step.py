@@ -100,6 +100,8 @@ def tick(
     if impl == "mosaic":
         with jax.named_scope("work"):
             placement = attention.share_out(placement, kv, config.heads // lax.axis_size("tp"))
+    # Made once: XLA would work it out again in every kernel of every layer that reads it.
+    placement = lax.optimization_barrier(placement)
     # One inner program for all layers: tracing and kernels are shared, and no weight is sliced from a stack.
     one_block = jax.jit(functools.partial(block, config=config, shape=shape))
     for index, layer in enumerate(params.layers):
