@@ -17,7 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tensor_core as tc
 from pallas_kernels.reference import MASKED
-from pallas_kernels.work import Item, Tiling
+from pallas_kernels.tiling import Tiling
+from pallas_kernels.work import Item
 
 REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a thread that attends, and of one that feeds: 65,536 in all
 NOTHING_SEEN = -1e28  # a running maximum below this has met masked keys only

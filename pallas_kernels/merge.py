@@ -17,7 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tensor_core as tc
 from pallas_kernels.reference import MASKED
-from pallas_kernels.work import SMS, Merge
+from pallas_kernels.tiling import SMS
+from pallas_kernels.work import Merge
 
 MANY_CTAS = 2 * SMS
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import attend, merge
 from pallas_kernels.merge import merge_partials as merge_partials
-from pallas_kernels.work import SMS, Tiling, Work, work_list
+from pallas_kernels.tiling import SMS, Tiling
+from pallas_kernels.work import Work, work_list
 
 PAGE_TOKENS = 128
 DECODE = Tiling(rows=64, stages=2, waves=2, least_pages=2)

@@ -19,7 +19,8 @@ import pytest
 from experiments.rivals import versions
 from pallas_kernels import mosaic
 from pallas_kernels.reference import MASKED
-from pallas_kernels.work import SMS, Tiling, work_list
+from pallas_kernels.tiling import SMS, Tiling
+from pallas_kernels.work import work_list
 from tests.gpu_cases import (
     COLUMNS,
     DECODED,

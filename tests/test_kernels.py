@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import merge as merge_kernel
 from pallas_kernels import mosaic, reference, work
 from pallas_kernels.reference import MASKED
-from pallas_kernels.work import Tiling
+from pallas_kernels.tiling import Tiling
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 B, LAYERS, PAGES, COLUMNS = mosaic.PAGE_TOKENS, 2, 12, 6

@@ -2,6 +2,7 @@
 
 import functools
 import heapq
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import mosaic
-from pallas_kernels.work import SMS, Item, Merge, Tiling, Work, work_list
+from pallas_kernels.tiling import SMS, Tiling
+from pallas_kernels.work import Item, Merge, Work, work_list
 
 B = 8  # tokens of a page, where brute force looks at every key
 
@@ -213,8 +215,8 @@ def check_items(cut, items, pages):
 CONTEXTS = [1, 127, 128, 129, 2**20 + 1, 10_000_000]
 
 
-def long_rows(cut: Cut, contexts, chunk: int) -> Rows:
-    """Rows that end at these contexts, the last `chunk` tokens of each being its queries."""
+def long_rows(cut: Cut, contexts, chunk) -> Rows:
+    """Rows that end at these contexts, the last `chunk` tokens (of each) being its queries."""
     lens = np.minimum(contexts, chunk)
     cu = np.append(0, np.cumsum(lens))
     positions = np.zeros(cut.tokens)
@@ -283,3 +285,19 @@ def test_a_chunk_of_any_size_keeps_every_sm_busy(head_dim, kv_heads):
         pages = sum(len(pages_of(Item(*words))) for words in work.items_IW.tolist()) * kv_heads
         over_the_mean.append(until_all_end(work, kv_heads) / (pages / (SMS // tiling.ctas)))
     assert max(over_the_mean) < 1.15 and np.mean(over_the_mean) < 1.04
+
+
+@pytest.mark.parametrize("decodes", [1, 4, 16])
+def test_decodes_beside_a_chunk_keep_every_sm_busy(decodes):
+    """Decodes of 1K tokens, one of some of four times the chunk's context: the last SM ends 10% after the mean at most."""
+    over_the_mean = []
+    for chunk, context in itertools.product((64, 96, 128, 224, 384, 480), (30_000, 120_000, 250_000)):
+        tokens = next(size for size in BUCKETS if size >= chunk)
+        tiling = mosaic.prefill_tiling(tokens, 4, 8, 128)
+        cut = Cut(decodes + tokens, decodes + 5, 4, 8, tiling, singles=decodes)
+        contexts = [*range(1000, 1000 + decodes), context, 0, 0, 0, 0]
+        contexts[0] += (decodes > 1) * 4 * context
+        work = listed(cut, long_rows(cut, contexts, [1] * decodes + [chunk] * 5), mosaic.PAGE_TOKENS)
+        pages = sum(len(pages_of(Item(*words))) for words in work.items_IW.tolist()) * 8
+        over_the_mean.append(until_all_end(work, 8) / (pages / (SMS // tiling.ctas)))
+    assert max(over_the_mean) < 1.1 and np.mean(over_the_mean) < 1.04
