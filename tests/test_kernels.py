@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import merge as merge_kernel
 from pallas_kernels import mosaic, reference, work
+from pallas_kernels import tiling as cutting
 from pallas_kernels.reference import MASKED
 from pallas_kernels.tiling import Tiling
 
@@ -31,7 +32,7 @@ TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4}
 def two_sms():
     """Work lists of a chip with two SMs: short enough to interpret. Some merges take a head at a time, others all."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "SMS", 2)
+        patch.setattr(cutting, "SMS", 2)
         patch.setattr(merge_kernel, "MANY_CTAS", 24)
         yield
 
