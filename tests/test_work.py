@@ -289,7 +289,7 @@ def test_a_chunk_of_any_size_keeps_every_sm_busy(head_dim, kv_heads):
 
 @pytest.mark.parametrize("decodes", [1, 4, 16])
 def test_decodes_beside_a_chunk_keep_every_sm_busy(decodes):
-    """Decodes of 1K tokens, the first of several of four times the chunk's context: the last SM ends 10% late at most."""
+    """Decodes of 1K tokens, the first of several of far more: the last SM ends at most 10% after the mean."""
     over_the_mean = []
     for chunk, context in itertools.product((64, 96, 128, 224, 384, 480), (30_000, 120_000, 250_000)):
         tokens = next(size for size in BUCKETS if size >= chunk)
