@@ -49,7 +49,7 @@ def merge_items(
             merged_ref[token, group * heads + g] = out.astype(merged_ref.dtype)
             merged_lse_ref[token, group * heads + g] = lse
 
-    stored = dtype if H % 128 == 0 else jnp.float32  # a thread of few would store two bytes of one number
+    stored = dtype if H % 128 == 0 else jnp.float32  # Pallas stores 64 numbers only in words of four bytes
     out_TNH, lse_TN = _kernel(body, T, K * G // heads, K * G, H, stored, interpret)(merges_TW, out_IKMH, lse_IKM)
     return out_TNH.astype(dtype), lse_TN
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,13 +103,15 @@ def make_case(
     return case
 
 
-@functools.partial(jax.jit, static_argnames=("tiling", "singles"))
-def attend_tiled(q_TNH, kv_LP2KBH, layer, table_SJ, *, cu_q_lens_R1, q_positions_T, tiling, singles=0, **rows_R):
+@functools.partial(jax.jit, static_argnames=("tiling", "singles", "dtype"))
+def attend_tiled(
+    q_TNH, kv_LP2KBH, layer, table_SJ, *, cu_q_lens_R1, q_positions_T, tiling, singles=0, dtype=jnp.float32, **rows_R
+):
     """`mosaic.chunked_prefill` with a tiling of one's own."""
     K = kv_LP2KBH.shape[3]
     cut = dict(heads_per_kv=q_TNH.shape[1] // K, kv_heads=K, page_tokens=B, tiling=tiling, singles=singles)
     cut = work.work_list(cu_q_lens_R1, q_positions_T, **rows_R, **cut)
-    return mosaic.attend_work(q_TNH, kv_LP2KBH, layer, table_SJ, cut, interpret=INTERPRET)
+    return mosaic.attend_work(q_TNH, kv_LP2KBH, layer, table_SJ, cut, dtype=dtype, interpret=INTERPRET)
 
 
 prefill = jax.jit(functools.partial(mosaic.chunked_prefill, interpret=INTERPRET))
@@ -123,7 +126,7 @@ def call(f, case: Case, **options):
     if f is not decode:
         ragged = dict(q_positions_T=case.positions_T, cu_q_lens_R1=case.cu_q_lens_R1)
     results = f(case.q_TNH, case.kv_LP2KBH, case.layer, case.table_SJ, **ragged, **case.rows, **options)
-    assert [x.dtype for x in results] == [np.float32] * 2
+    assert [x.dtype for x in results] == [options.get("dtype", np.float32), np.float32]
     return tuple(map(np.asarray, results))
 
 
@@ -223,7 +226,12 @@ def test_decodes_beside_chunks(tiling, dtype, head_dim):
         strides=[1, 1, 3, 1, 1, 1],
         padding=3,
     )
-    check(call(attend_tiled, case, tiling=tiling, singles=3), case)
+    asked: dict[str, Any] = dict(tiling=tiling, singles=3)
+    got = call(attend_tiled, case, **asked)
+    check(got, case)
+    rounded, lse = call(attend_tiled, case, dtype=dtype, **asked)
+    np.testing.assert_array_equal(rounded, got[0].astype(dtype))
+    np.testing.assert_array_equal(lse, got[1])
 
 
 @pytest.mark.parametrize("side", ["key", "value"])
