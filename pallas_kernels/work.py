@@ -57,7 +57,7 @@ class Work:
     full_items_1: jax.Array
     token_M: jax.Array  # whose query lies in each row of all tiles, and which of the heads that share keys
     head_M: jax.Array
-    position_M: jax.Array  # -1 where there is no query; 64 more rows than there are
+    position_M: jax.Array  # -1 where there is no query; 64 more, as a warpgroup reads as many from any
     merges_TW: jax.Array
     tile_rows: int = dataclasses.field(metadata=dict(static=True))
     tiling: Tiling = dataclasses.field(metadata=dict(static=True))

@@ -109,8 +109,8 @@ def attend_tiled(
     """`mosaic.chunked_prefill` with a tiling of one's own."""
     K = kv_LP2KBH.shape[3]
     cut = dict(heads_per_kv=q_TNH.shape[1] // K, kv_heads=K, page_tokens=B, tiling=tiling, singles=singles)
-    cut = work.work_list(cu_q_lens_R1, q_positions_T, **rows_R, **cut)
-    return mosaic.attend_work(q_TNH, kv_LP2KBH, layer, table_SJ, cut, dtype=dtype, interpret=INTERPRET)
+    listed = work.work_list(cu_q_lens_R1, q_positions_T, **rows_R, **cut)
+    return mosaic.attend_work(q_TNH, kv_LP2KBH, layer, table_SJ, listed, dtype=dtype, interpret=INTERPRET)
 
 
 prefill = jax.jit(functools.partial(mosaic.chunked_prefill, interpret=INTERPRET))

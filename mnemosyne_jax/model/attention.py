@@ -97,7 +97,7 @@ def attend(kv_LP2KBH: jax.Array, layer: jax.Array, q_TNH, k_TKH, v_TKH, placemen
     R, alone = shape.slots, lax.axis_size("kvp") == 1  # what is merged over groups is merged in float32
     held = (kv_LP2KBH, layer, placement.page_table_SJ)
     if placement.work is None:
-        part = _by_reference(q_TNH, held, placement, R)
+        part = _by_reference(q_TNH, held, placement)
     else:
         dtype = q_TNH.dtype if alone else jnp.float32
         part = Partial(*mosaic.attend_work(q_TNH, *held, placement.work, dtype=dtype))
@@ -111,8 +111,9 @@ def attend(kv_LP2KBH: jax.Array, layer: jax.Array, q_TNH, k_TKH, v_TKH, placemen
     return kv_LP2KBH, jnp.concatenate(rows)
 
 
-def _by_reference(q_TNH: jax.Array, held: tuple, placement: Placement, R: int) -> Partial:
+def _by_reference(q_TNH: jax.Array, held: tuple, placement: Placement) -> Partial:
     decodes, chunks = placement.decodes, placement.chunks
+    R = decodes.positions.shape[0]
     part = Partial(*reference.paged_decode(q_TNH[:R], *held, q_positions_R=decodes.positions, **_keys_of(decodes)))
     if not placement.chunk_positions.shape[0]:
         return part
