@@ -56,10 +56,13 @@ def attend_item(
     groups, stages = tiling.warpgroups, tiling.stages
     warpgroup = lax.axis_index("warpgroup")
     index, head = tiling.place(lax.axis_index("index"), full_items_ref[0], K)
-    part: Any = lax.axis_index("part") if tiling.ctas > 1 else 0
-    to_all: Any = dict(collective_axes="part") if tiling.ctas > 1 else {}  # each CTA fetches a part, for all
     item = Item(*(items_ref[index, w] for w in range(len(Item._fields))))
     pages = item.end_page - item.begin_page
+    part: Any = lax.axis_index("part") if tiling.ctas > 1 else 0
+    head_each = tiling.head_each(item.rows, K)
+    if tiling.ctas > 1:  # the cluster of the first head takes those of the next ones, too
+        pages = jnp.where(head_each & (lax.rem(head, jnp.int32(tiling.ctas)) != 0), 0, pages)
+        head, part = head + jnp.where(head_each, part, 0), jnp.where(head_each, 0, part)
     last = lax.rem(pages - 1, jnp.int32(stages))
     fetched = min(64, tile_rows)
 
@@ -79,6 +82,14 @@ def attend_item(
                 source = q_ref.at[head, pl.ds(item.first_row + row_of(g), fetched)]
                 plgpu.copy_gmem_to_smem(source, q_smem.at[g, pl.ds(0, fetched)], q_landed.at[g])
 
+        def fetch(source, into, landed):
+            if tiling.ctas == 1:
+                plgpu.copy_gmem_to_smem(source, into, landed)
+                return
+            pl.when(head_each)(lambda: plgpu.copy_gmem_to_smem(source, into, landed))
+            # Each CTA fetches a part, for all.
+            pl.when(~head_each)(lambda: plgpu.copy_gmem_to_smem(source, into, landed, collective_axes="part"))
+
         def await_free(i, consumed):
             pl.when(i >= stages)(lambda: plgpu.barrier_wait(consumed.at[lax.rem(i, jnp.int32(stages))]))
 
@@ -88,9 +99,9 @@ def attend_item(
             keys = ((layer_ref[0] * P + page) * 2) * K + head
             stage = lax.rem(i, jnp.int32(stages))
             await_free(i, k_consumed)
-            plgpu.copy_gmem_to_smem(kv_ref.at[keys], k_smem.at[stage], k_landed.at[stage], **to_all)
+            fetch(kv_ref.at[keys], k_smem.at[stage], k_landed.at[stage])
             await_free(i, v_consumed)
-            plgpu.copy_gmem_to_smem(kv_ref.at[keys + K], v_smem.at[stage], v_landed.at[stage], **to_all)
+            fetch(kv_ref.at[keys + K], v_smem.at[stage], v_landed.at[stage])
             return next_page
 
         def drain(i, _):  # every arrival at a barrier is waited for

@@ -26,7 +26,8 @@ class Tiling:
     `stages` pages of keys and values are in flight; `waves` CTAs for each SM are aimed at, no item below `least_pages`.
     Where CTAs are few, some SMs could have one more than others: `even` aims at up to `waves`, as many as end together.
     Full items of `heads_together` kv heads (all if None) run side by side before the next heads' turn: fewer keys in
-    the L2 cache at a time. A tile is shared by the `ctas` of a cluster, each of which reads a part of a page for all.
+    the L2 cache at a time. A tile is shared by the `ctas` of a cluster, each of which reads a part of a page for all;
+    if one of them can hold its queries, each takes a head of its own (`head_each`).
     """
 
     rows: int
@@ -60,9 +61,17 @@ class Tiling:
         """Those of a CTA that attend."""
         return self.rows // 64 // self.ctas
 
+    def head_each(self, rows: Any, kv_heads: int) -> Any:
+        """Whether the CTAs of a cluster take a kv head each, for a tile of which so many rows hold a query."""
+        return (self.ctas > 1 and kv_heads % self.ctas == 0) & (rows <= 64 * self.warpgroups)
 
-def longest_item(pages_N: jax.Array, kv_heads: int, tiling: Tiling) -> jax.Array:
-    """Pages of the longest item, where tiles see so many."""
+    def clusters(self, rows: Any, kv_heads: int) -> Any:
+        """How many take an item of such a tile, for all kv heads together."""
+        return jnp.where(self.head_each(rows, kv_heads), kv_heads // self.ctas, kv_heads)
+
+
+def longest_item(pages_N: jax.Array, clusters_N: jax.Array, kv_heads: int, tiling: Tiling) -> jax.Array:
+    """Pages of the longest item, where tiles see so many, and an item of theirs takes so many clusters."""
     aimed_at = tiling.items_of_a_head(kv_heads, tiling.waves)
     least = jnp.maximum(-(-pages_N.sum() // aimed_at), tiling.least_pages)
     if not tiling.even:
@@ -70,31 +79,36 @@ def longest_item(pages_N: jax.Array, kv_heads: int, tiling: Tiling) -> jax.Array
     items_W = jnp.array([tiling.items_of_a_head(kv_heads, waves + 1) for waves in range(tiling.waves)])
     parts_P = -(-pages_N.max() // (jnp.arange(MOST_PARTS) + 1))
     stretched = [parts_P + parts_P // part for part in STRETCHED_BY]
-    length_L = jnp.maximum(jnp.concatenate([-(-pages_N.sum() // items_W), parts_P, *stretched]), least)
-    return length_L[jnp.argmin(_pages_until_all_end(pages_N, length_L, kv_heads, SMS // tiling.ctas))]
+    in_waves_W = -(-(clusters_N * pages_N).sum() // (kv_heads * items_W))
+    length_L = jnp.maximum(jnp.concatenate([in_waves_W, parts_P, *stretched]), least)
+    return length_L[jnp.argmin(_pages_until_all_end(pages_N, clusters_N, length_L, SMS // tiling.ctas))]
 
 
-def _pages_until_all_end(pages_N: jax.Array, length_L: jax.Array, kv_heads: int, ctas: int) -> jax.Array:
-    """How long so many CTAs at a time take for items of at most `length_L` pages.
+def _pages_until_all_end(pages_N: jax.Array, clusters_N: jax.Array, length_L: jax.Array, at_a_time: int) -> jax.Array:
+    """How long clusters, so many at a time, take for items of at most `length_L` pages.
 
     First full ones, in waves; then what is left of tiles, in the room of the last wave, and in waves of their own: long
     rests one after the other, short ones wherever there is room.
     """
+
+    def taken(items_LN):
+        return (items_LN * clusters_N).sum(1)
+
     rest_LN = pages_N % length_L[:, None]
     time_LN = jnp.where(rest_LN > 0, rest_LN + ITEM_PAGES, 0)
-    full_L, full_time_L = kv_heads * (pages_N // length_L[:, None]).sum(1), length_L + ITEM_PAGES
-    waves_L = -(-full_L // ctas)
-    free_L = waves_L * ctas - full_L
+    full_L, full_time_L = taken(pages_N // length_L[:, None]), length_L + ITEM_PAGES
+    waves_L = -(-full_L // at_a_time)
+    free_L = waves_L * at_a_time - full_L
     is_long_LN = 2 * time_LN > full_time_L[:, None]
-    long_L, long_time_L = kv_heads * is_long_LN.sum(1), jnp.max(time_LN, axis=1, where=is_long_LN, initial=1)
+    long_L, long_time_L = taken(is_long_LN), jnp.max(time_LN, axis=1, where=is_long_LN, initial=1)
     is_short_LN = (time_LN > 0) & ~is_long_LN
-    short_L, short_time_L = kv_heads * is_short_LN.sum(1), jnp.max(time_LN, axis=1, where=is_short_LN, initial=1)
-    more_waves_L = -(-jnp.maximum(long_L - free_L, 0) // ctas)
+    short_L, short_time_L = taken(is_short_LN), jnp.max(time_LN, axis=1, where=is_short_LN, initial=1)
+    more_waves_L = -(-jnp.maximum(long_L - free_L, 0) // at_a_time)
     beside_L = jnp.minimum(long_L, free_L)
     room_L = (free_L - beside_L) * (full_time_L // short_time_L)
     room_L += beside_L * (jnp.maximum(full_time_L - long_time_L, 0) // short_time_L)
-    room_L += (more_waves_L * ctas - (long_L - beside_L)) * (long_time_L // short_time_L)
-    short_waves_L = -(-jnp.maximum(short_L - room_L, 0) // ctas)
-    all_L = full_L * full_time_L + kv_heads * time_LN.sum(1)
+    room_L += (more_waves_L * at_a_time - (long_L - beside_L)) * (long_time_L // short_time_L)
+    short_waves_L = -(-jnp.maximum(short_L - room_L, 0) // at_a_time)
+    all_L = full_L * full_time_L + taken(time_LN)
     end_L = waves_L * full_time_L + more_waves_L * long_time_L + short_waves_L * short_time_L
-    return jnp.maximum(end_L, -(-all_L // ctas))
+    return jnp.maximum(end_L, -(-all_L // at_a_time))

@@ -96,6 +96,7 @@ def work_list(
     t = tiling.rows // G
     C = (T - S) // t + R - S if T > S else 0
     tiles = _tiles(cu_q_lens_R1, T, S, C, t)
+    rows_N = tiles.count_N * G
 
     # Rows of tiles, which a kernel fetches eight at a time.
     single_rows = -(-G // 8) * 8
@@ -103,7 +104,7 @@ def work_list(
     tile_M = np.repeat(np.arange(S + C), np.append(np.full(S, single_rows), np.full(C, tiling.rows)))
     row_in_tile_M = np.arange(len(tile_M)) - first_row_N[tile_M]
     token_M = jnp.clip(tiles.first_N[tile_M] + row_in_tile_M // G, 0, T - 1)
-    in_tile_M = row_in_tile_M < (tiles.count_N * G)[tile_M]
+    in_tile_M = row_in_tile_M < rows_N[tile_M]
     position_M = jnp.where(in_tile_M, q_positions_T[token_M], -1)
 
     def of_tiles(reduce, x_M):
@@ -117,7 +118,7 @@ def work_list(
     pages_N = jnp.clip(jnp.minimum(reach_N, -(-kv_len_N // B)), 0)
     whole_N = jnp.minimum(((lowest_N + 1) // B - 1 - start_N) // stride_N + 1, kv_len_N // B)
 
-    longest = longest_item(pages_N, kv_heads, tiling)
+    longest = longest_item(pages_N, tiling.clusters(rows_N, kv_heads), kv_heads, tiling)
     partials_N = -(-pages_N // longest)
     partials_seen_N = jnp.cumsum(partials_N)
     first_partial_N = partials_seen_N - partials_N
@@ -128,7 +129,7 @@ def work_list(
     end_I = jnp.where(i_I < partials_seen_N[-1], jnp.minimum(begin_I + longest, pages_N[tile_I]), begin_I)
     items = Item(
         first_row=jnp.asarray(first_row_N, jnp.int32)[tile_I],
-        rows=(tiles.count_N * G)[tile_I],
+        rows=rows_N[tile_I],
         partial=i_I,
         slot=slots_R[tiles.row_N[tile_I]],
         begin_page=begin_I,
