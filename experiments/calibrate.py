@@ -9,15 +9,22 @@ out of the fit and tells how far its predictions are off. Weights, keys and valu
 timed one after another. They had better differ in all that the fit is to tell apart (`fitting.fit`): head dim, width,
 layers, decode rows. On a GPU, take as many layers as make the shortest tick longer than what the host needs for one,
 about a millisecond. One process only. Without `--hardware` peak figures are those of a small CPU.
+
+`--refit FILE.json` fits the ticks of an old record, with the same engines, and times none: as when the cost model has
+learned a term.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +34,8 @@ from experiments import calibration_record, command_line, fitting, results
 from experiments.bench_engine_runs import fill
 from experiments.calibration_record import Timed
 from experiments.devices import use_virtual_devices
-from experiments.tick_loads import TickLoads, designed, loads_of
+from experiments.fitting import Loads
+from experiments.tick_loads import TickLoads, TimedTick, designed, loads_of
 from mnemosyne_jax.checkpoint import read_config
 from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig, RopeConfig, ServeConfig, from_yaml
 from mnemosyne_jax.errors import RequestError
@@ -75,6 +83,7 @@ class CalibrateConfig:
     sample_s: float = 0.02
     most_tick_s: float = 0.25
     virtual_devices: int = 0
+    refit: str | None = None
     out: str | None = None
     record: str | None = None
     plot: str | None = None
@@ -110,7 +119,7 @@ def facts(path: str | None) -> ModelConfig:
 def peak_figures(config: CalibrateConfig) -> HardwareConfig:
     """The hardware whose coefficients are to be fitted."""
     device = jax.devices()[0]
-    if config.hardware is None and device.platform != "cpu":
+    if config.hardware is None and (config.refit or device.platform != "cpu"):
         raise RequestError("hardware", None, f"must name a file of the peak figures of a {device.device_kind}")
     return HardwareConfig() if config.hardware is None else from_yaml(HardwareConfig, config.hardware)
 
@@ -121,15 +130,40 @@ def timed(config: CalibrateConfig, hardware: HardwareConfig) -> list[Timed]:
     return [timed_engine(config, hardware, *parts) for parts in engines]
 
 
+def recorded(config: CalibrateConfig, made: Mapping[str, Any]) -> list[Timed]:
+    """The ticks of every engine as a record has them."""
+    found = []
+    for name, model, serve in (engine(config, choice) for choice in config.engines):
+        rows = deque(r for r in made["rows"] if r["name"] == "tick" and r["engine"] == name)
+        _, ticks, loads = all_ticks(config, model, serve)
+        kept, measured_s = np.zeros(len(ticks), bool), []
+        for i, tick in enumerate(ticks):  # in the order of the record, less those that were too long
+            if rows and (rows[0]["kind"], rows[0]["load"]) == (tick.kind, tick.words):
+                kept[i] = True
+                measured_s.append(rows.popleft()["value"])
+        if rows or not measured_s:
+            raise RequestError("refit", config.refit, f"holds other ticks of {name}, or none")
+        found.append(Timed(name, loads.where(kept), tuple(itertools.compress(ticks, kept)), np.array(measured_s)))
+    return found
+
+
+def all_ticks(
+    config: CalibrateConfig, model: ModelConfig, serve: ServeConfig
+) -> tuple[TickLoads, list[TimedTick], Loads]:
+    """(what makes them, the ticks of one engine however long, their loads)."""
+    make = TickLoads(serve, config.mesh, serve.pool_pages or 0, model.vocab)
+    ticks = designed(make)
+    batches = [tick.batch for tick in ticks]
+    return make, ticks, loads_of(batches, model, serve, config.mesh, jnp.dtype(model.dtype).itemsize)
+
+
 def timed_engine(
     config: CalibrateConfig, hardware: HardwareConfig, name: str, model: ModelConfig, serve: ServeConfig
 ) -> Timed:
     """The ticks of one engine, timed; its devices' memory is free again."""
-    make = TickLoads(serve, config.mesh, serve.pool_pages or 0, model.vocab)
-    ticks = designed(make)
-    loads = loads_of([tick.batch for tick in ticks], model, serve, config.mesh, jnp.dtype(model.dtype).itemsize)
+    make, ticks, loads = all_ticks(config, model, serve)
     short = loads.seconds(hardware) <= config.most_tick_s
-    ticks = tuple(tick for tick, kept in zip(ticks, short, strict=True) if kept)
+    ticks = tuple(itertools.compress(ticks, short))
     say(f"{name} on {config.mesh}: {len(ticks)} ticks, {np.count_nonzero(~short)} too long")
     if len(ticks) < calibration_record.HELD_OUT_EVERY:
         raise RequestError("most_tick_s", config.most_tick_s, f"leaves {len(ticks)} ticks: too few to hold one out")
@@ -177,10 +211,15 @@ def main(args: Sequence[str] | None = None) -> int:
     """The exit code: 1 if a must is missed that was to be checked, 2 for a refusal."""
     config: CalibrateConfig = command_line.read(CalibrateConfig, args)
     use_virtual_devices(config.virtual_devices)
-    begin_s = time.perf_counter()
+    begin_s, made = time.perf_counter(), results.document(config, [])
     try:
         before = peak_figures(config)
-        found = timed(config, before)
+        if config.refit:
+            old = json.loads(Path(config.refit).read_text())
+            found = recorded(config, old)
+            made |= {key: old[key] for key in ("device", "versions")} | {"timed": old.get("timed", old["command"])}
+        else:
+            found = timed(config, before)
     except RequestError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
@@ -189,17 +228,17 @@ def main(args: Sequence[str] | None = None) -> int:
     measured_s = np.concatenate([one.measured_s for one in found])
     after = fitting.fit([one.loads for one in found], measured_s, before, kept)
     say(f"fitted to {np.count_nonzero(kept)} ticks in {time.perf_counter() - fit_begin_s:.1f} s")
-    rows = calibration_record.rows_of(found, before, after)
+    rows = calibration_record.rows_of(found, before, after, on_gpu=made["device"]["platform"] == "gpu")
     rows.append(results.row("run", time.perf_counter() - begin_s, "s", mesh=str(config.mesh)))
     for line in calibration_record.lines(rows):
         say(line)
-    made = results.document(config, rows)
+    made["rows"] = rows
     if config.out:
         say(f"coefficients in {calibration_record.write_hardware(config.out, after, made)}")
     if config.record:
         say(f"record in {results.write(config.record, made)}")
     if config.plot:
-        calibration_record.figure(found, after).savefig(config.plot, dpi=120)
+        calibration_record.figure(found, after, made["device"]["kind"]).savefig(config.plot, dpi=120)
     return 0 if not config.check or results.check(made) else 1
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import yaml
 
@@ -41,8 +40,13 @@ def held_out(found: Sequence[Timed]) -> np.ndarray:
     return np.arange(sum(len(one.ticks) for one in found)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
-def rows_of(found: Sequence[Timed], before: HardwareConfig, after: HardwareConfig) -> list[dict[str, Any]]:
-    """The record: how far predictions are off, in all, by engine and by kind of tick, the coefficients, every tick."""
+def rows_of(
+    found: Sequence[Timed], before: HardwareConfig, after: HardwareConfig, on_gpu: bool
+) -> list[dict[str, Any]]:
+    """The record: how far predictions are off, in all, by engine and by kind of tick, the coefficients, every tick.
+
+    A must stands where ticks were timed `on_gpu`.
+    """
     loads, mesh = [one.loads for one in found], str(found[0].loads.mesh)
     measured_s = np.concatenate([one.measured_s for one in found])
     predicted_s = fitting.predict(loads, after)
@@ -51,12 +55,12 @@ def rows_of(found: Sequence[Timed], before: HardwareConfig, after: HardwareConfi
     )
     ticks = [(one.engine, tick) for one in found for tick in one.ticks]
     engines, kinds = np.array([engine for engine, _ in ticks]), np.array([tick.kind for _, tick in ticks])
-    unseen, gpu = held_out(found), jax.default_backend() == "gpu"
+    unseen = held_out(found)
     rows = []
     for part, kept in (("training", ~unseen), ("held out", unseen)):
         for name, of in (("error", errors), ("error before the fit", errors_before)):
             for word, share in WORDS.items():
-                must = MUST_ON_GPU if gpu and (part, name, word) == ("held out", "error", "median") else None
+                must = MUST_ON_GPU if on_gpu and (part, name, word) == ("held out", "error", "median") else None
                 value = float(np.percentile(of[kept], share))
                 rows.append(results.row(f"{name} {word}", value, "1", must=must, part=part, mesh=mesh))
     of_kinds = [({"kind": kind}, kinds == kind) for kind in COLORS]
@@ -89,7 +93,7 @@ def write_hardware(path: str | Path, hardware: HardwareConfig, made: Mapping[str
     return path
 
 
-def figure(found: Sequence[Timed], hardware: HardwareConfig) -> Any:
+def figure(found: Sequence[Timed], hardware: HardwareConfig, device_kind: str) -> Any:
     """Predicted against measured seconds, a point for each tick: a mark for each engine, hollow if held out."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -108,7 +112,7 @@ def figure(found: Sequence[Timed], hardware: HardwareConfig) -> Any:
     ends = [min(measured_s.min(), predicted_s.min()), max(measured_s.max(), predicted_s.max())]
     axes.plot(ends, ends, color="black", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="measured (s)", ylabel="predicted (s)")
-    axes.set_title(f"ticks on {jax.devices()[0].device_kind}; hollow: held out of the fit", fontsize="small")
+    axes.set_title(f"ticks on {device_kind}; hollow: held out of the fit", fontsize="small")
     axes.grid(alpha=0.25)
     named = [("o", color, kind) for kind, color in COLORS.items() if color in colors]
     named += [(mark, "black", one.engine) for one, mark in zip(found, itertools.cycle(MARKERS), strict=False)]

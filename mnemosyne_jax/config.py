@@ -227,8 +227,8 @@ class HardwareConfig:
     values and activations (what is read and written between matrix products) each reach a share. The softmax of a pair
     of query and key takes as long as the products of `softmax_dims` more head dimensions, at `attention_share` of the
     matmul rate; it comes in tiles of `tile_rows` queries times heads of a kv head, full or not, and in half as many
-    again at a head dim of 64. A layer loses `layer_overhead_s` to the starts and ends of its kernels; a program of
-    `overhead_rows` rows loses half of it.
+    again where a chunk has 512 or more at a head dim of 64. A layer loses `layer_overhead_s` to the starts and ends of
+    its kernels; a program of `overhead_rows` rows loses half of it.
     """
 
     name: str = "cpu"

@@ -212,6 +212,15 @@ def test_calibrates_this_cpu(mesh, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "round 1 of 1" in said and "error median (held out)" in said
 
+    refit, again = tmp_path / "again.yaml", tmp_path / "again.json"
+    start = tmp_path / "peaks.yaml"
+    start.write_text("name: peaks\n")
+    args = [*args[:-1], str(refit), "--refit", str(record), "--hardware", str(start), "--record", str(again)]
+    assert calibrate.main(args) == 0
+    assert replace(from_yaml(HardwareConfig, refit), name="cpu") == found
+    assert [r for r in json.loads(again.read_text())["rows"] if r["name"] == "tick"] == ticks
+    assert calibrate.main([*args, "--engines", "[{layers: 3}, {layers: 6}]"][len(TINY[:2]) :]) == 2
+
 
 @pytest.mark.parametrize(("args", "reason"), [
     (["--mesh.tp", "3"], "mesh.tp: got 3"),

@@ -45,7 +45,7 @@ def test_plan_tells_what_one_h100_took(shape, context, ttft_s, tbt_s):
     """Measured by bench_engine in large chunks, programs with eight decode rows; none of it took part in the fit."""
     h100, model = hardware_of("NVIDIA H100 80GB HBM3"), mn.from_yaml(mn.ModelConfig, f"configs/model/{shape}.yaml")
     found = mn.plan(model, h100, mn.MeshSpec(), context)
-    assert found.ttft_s == pytest.approx(ttft_s, rel=0.055) and found.tbt_s == pytest.approx(tbt_s, rel=0.055)
+    assert found.ttft_s == pytest.approx(ttft_s, rel=0.06) and found.tbt_s == pytest.approx(tbt_s, rel=0.06)
 
 
 @pytest.mark.parametrize("name", ["tbt_slo_s", "idle_tick_s", "least_yield", "long_yield"])

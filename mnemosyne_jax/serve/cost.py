@@ -24,6 +24,7 @@ from typing import Any
 from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig
 
 type Number = Any  # a float, or an array: the arithmetic is the same
+LARGER_TILES_FROM_ROWS = 512  # queries times heads of a kv head, at head dim 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class CostModel:
     layers: int = field(init=False)  # of one stage
     activation_bytes: float = field(init=False)  # of one row in a layer: read and written between its products
     tile_tokens: int = field(init=False)  # of a chunk, that attention takes together
+    larger_from_tokens: int = field(init=False)  # chunks whose tiles have so many tokens more
+    larger_by_tokens: int = field(init=False)
     # Of attention, which is asked for many times a tick: seconds of all layers of a stage.
     _pair_s: Number = field(init=False)  # of one query and one key, in all heads
     _key_s: Number = field(init=False)  # of reading one key and value
@@ -51,14 +54,16 @@ class CostModel:
         # Two norms and two residual sums; silu times up; queries, keys and values rotated; attention's output, merged,
         # gathered and cast: three passes over it in float32.
         values = 10 * m.width + 3 * ffn + 2 * (heads + 2 * kv_heads) * m.head_dim
-        tile_rows = h.tile_rows * 3 // 2 if m.head_dim == 64 else h.tile_rows
+        tile_tokens, larger_tokens = (max(1, r * kv_heads // heads) for r in (h.tile_rows, h.tile_rows * 3 // 2))
         pair_flops = 4.0 * heads * (m.head_dim + h.softmax_dims)
         derived = {
             "layer_weights": float(m.width * m.head_dim * (2 * heads + 2 * kv_heads) + 3 * m.width * ffn),
             "heads": heads,
             "kv_heads": kv_heads,
             "layers": layers,
-            "tile_tokens": max(1, tile_rows * kv_heads // heads),
+            "tile_tokens": tile_tokens,
+            "larger_from_tokens": LARGER_TILES_FROM_ROWS * kv_heads // heads,
+            "larger_by_tokens": larger_tokens - tile_tokens if m.head_dim == 64 else 0,
             "activation_bytes": float(self.dtype_bytes * values + 3 * 2 * 4 * heads * m.head_dim),
             "_pair_s": layers * pair_flops / (h.matmul_flops_per_s * h.attention_share),
             "_key_s": layers * 2.0 * kv_heads * m.head_dim * self.dtype_bytes / (h.hbm_bytes_per_s * h.kv_read_share),
@@ -96,7 +101,8 @@ class CostModel:
         `keys_own` are those of the chunk's own tokens that are held here (None: all). A query sees half of them.
         """
         own = tokens if keys_own is None else keys_own
-        queries = -(-tokens // self.tile_tokens) * self.tile_tokens
+        tile = self.tile_tokens + (tokens >= self.larger_from_tokens) * self.larger_by_tokens
+        queries = -(-tokens // tile) * tile
         return _overlapped_s(self._pair_s * queries * (keys_before + 0.5 * own), self._key_s * (keys_before + own))
 
     def decode_s(self, keys: Number) -> Number:
