@@ -130,6 +130,7 @@ def serve_mixed(config: MixedConfig, engine: TimedEngine, end_s: float, say: Cal
     ticks: list[Tick] = []
     say_at_s, tick_slo_s = begin_s + SAY_EVERY_S, engine.serve.tbt_slo_s / config.mesh.spp
     while not ticks or not engine.loop.idle:
+        engine.wait()
         if ticks and time.monotonic() > end_s:
             ended = [long, *shorts, *steady]
         else:

@@ -222,6 +222,14 @@ class Engine:
         self._arrivals.append(request)
         return handle
 
+    def wait(self) -> None:
+        """Sleeps as long as the mesh is busy with the ticks it has, but for the time that it takes to decide the next.
+
+        For servers, before they submit what has arrived: it takes part in the next tick, not in the one behind that.
+        Returns at once where ticks are short or nothing is known of them (`chunking: fixed`).
+        """
+        self.loop.wait()
+
     def tick(self) -> None:
         """Runs one tick of the mesh: takes in what was submitted and cancelled, schedules, steps, commits."""
         arrivals, self._arrivals = self._arrivals, []

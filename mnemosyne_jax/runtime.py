@@ -63,6 +63,9 @@ class JaxExecutor:
     def now(self) -> float:
         return time.monotonic() - self._start_s
 
+    def wait_until(self, time_s: float) -> None:
+        time.sleep(max(0.0, time_s - self.now()))
+
     def agree(self, events: Any) -> Any:
         if jax.process_count() == 1:
             return events

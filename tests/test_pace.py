@@ -26,15 +26,20 @@ def slower(factor: float) -> HardwareConfig:
     return replace(EXPECTED, **rates, tick_overhead_s=EXPECTED.tick_overhead_s * factor)
 
 
-def served(factor: float, mesh: MeshSpec):
-    """(the pace found, seconds of each tick with a chunk and a decode) of a long prompt beside a decode."""
+def loop_over(make, factor: float, mesh: MeshSpec) -> Loop:
+    """A Loop over an executor that is slower than its scheduler expects, and that `make` makes."""
     expected, real = (tick_time(MODEL, hardware, mesh, SERVE) for hardware in (EXPECTED, slower(factor)))
     scheduler = Scheduler(
         SERVE, mesh, pool_pages=4000, vocab=97, fits=lambda *tokens: expected.program_rows(*tokens) is not None,
         tick_time=expected, prefill_times=times_alone(expected, SERVE, 64_000),
     )  # fmt: skip
-    executor = SimExecutor(SERVE, mesh, real)
-    loop = Loop(scheduler, executor, keep_batches=True)
+    return Loop(scheduler, make(SERVE, mesh, real), keep_batches=True)
+
+
+def served(factor: float, mesh: MeshSpec):
+    """(the pace found, seconds of each tick with a chunk and a decode) of a long prompt beside a decode."""
+    loop = loop_over(SimExecutor, factor, mesh)
+    scheduler, executor = loop.scheduler, loop.executor
     prompts = np.zeros(16, np.int32), np.zeros(15_000, np.int32)
     requests = [Request(i, prompts[i], (4000, 1)[i], 0.0, stop_ids=()) for i in range(2)]
     arrived, _ = loop.tick([scheduler.check(request, 0.0) for request in requests])
@@ -84,3 +89,64 @@ def test_what_is_no_tick_says_nothing():
         pace.expect(tick, 0.1)
         pace.end(tick, 199.0 + 0.1 * (tick - 2))
     assert pace.ratio == pytest.approx(1.0, abs=2e-3)
+
+
+class Device(SimExecutor):
+    """The clock is the host's: a tick that is submitted early waits for its turn, one that comes late finds it idle."""
+
+    host_s = idle_s = 0.0
+
+    def now(self) -> float:
+        return self.host_s
+
+    def wait_until(self, time_s: float) -> None:
+        self.host_s = max(self.host_s, time_s)
+
+    def step(self, batch):
+        self.idle_s += max(0.0, self.host_s - self._now_s)
+        super().wait_until(self.host_s)
+        result = super().step(batch)
+        if result:
+            self.wait_until(result.time_s)
+        return result
+
+
+def beside_a_long_prompt(mesh: MeshSpec, factor: float, waits: bool):
+    """(TTFT of requests that arrive now and then, how long the device had nothing to do)."""
+    loop, prompt = loop_over(Device, factor, mesh), np.zeros(40, np.int32)
+    arrivals = [Request("long", np.zeros(50_000, np.int32), 1, 0.0, stop_ids=())]
+    arrivals += [Request(i, prompt, 4, 0.1 + 0.0777 * i, stop_ids=()) for i in range(20)]
+    sequences = []
+    while arrivals or not loop.idle:
+        if waits:
+            loop.wait()
+        due = [request for request in arrivals if request.arrival_s <= loop.executor.now()]
+        arrivals = arrivals[len(due) :]
+        sequences += loop.tick(loop.scheduler.check(request, loop.executor.now()) for request in due)[0]
+        assert not loop.idle or not arrivals
+    return np.array([s.timeline.ttft_s for s in sequences[1:]]), loop.executor.idle_s
+
+
+@pytest.mark.parametrize("mesh", [MeshSpec(), MeshSpec(spp=2)], ids=str)
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.3])
+def test_what_arrives_before_a_tick_ends_is_in_the_next(mesh, factor):
+    """Who waits before deciding keeps requests waiting for half a tick less, and the device as busy."""
+    at_once_s, _ = beside_a_long_prompt(mesh, factor, waits=False)
+    ttft_s, idle_s = beside_a_long_prompt(mesh, factor, waits=True)
+    assert at_once_s.mean() - ttft_s.mean() > 0.5 * SERVE.tbt_slo_s / mesh.spp
+    assert idle_s == 0
+
+
+def test_short_ticks_leave_nothing_to_spare():
+    pace = Pace()
+    assert pace.spare_s(0) == 0
+    pace.expect(0, 5.0)  # has ended
+    pace.expect(1, 0.007)
+    assert pace.spare_s(0) == 0
+    pace.expect(1, 0.020)
+    assert pace.spare_s(0) == pytest.approx(0.012)
+    pace.expect(1, 0.100)
+    assert pace.spare_s(0) == pytest.approx(0.075)
+    pace.ratio = 1.2
+    assert pace.spare_s(0) == pytest.approx(0.090)
+    assert pace.spare_s(1) == 0

@@ -27,6 +27,12 @@ class Loop:
         """Nothing waits, runs, or is still in the pipe."""
         return self.scheduler.idle and self._in_flight == 0
 
+    def wait(self) -> None:
+        """Lets time pass until the next tick is to be decided, a while before the running one is predicted to end."""
+        if self._ended:
+            tick, end_s = self._ended
+            self.executor.wait_until(end_s + self.scheduler.pace.spare_s(tick))
+
     def tick(
         self, arrivals: Iterable[Request] = (), cancels: Iterable[str | int] = ()
     ) -> tuple[list[Sequence], list[Sequence]]:

@@ -44,6 +44,10 @@ class Executor(Protocol):
         """Seconds on the executor's clock."""
         ...
 
+    def wait_until(self, time_s: float) -> None:
+        """Lets time pass, if it has not yet, up to `time_s` on the executor's clock."""
+        ...
+
     def agree(self, events: Any) -> Any:
         """The events of the process that decides, the same in every process of the run."""
         ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 MEMORY = 8  # ticks, about: a prompt's chunks change slowly, and so does what is off about their predictions
 SLOWEST, FASTEST = 2.0, 0.5  # one sample says no more: a host that paused is no slower device
+DECIDE_S, DECIDE_SHARE = 0.008, 0.25  # before a tick ends, the next is decided: so long, and such a part of it
 
 
 class Pace:
@@ -33,3 +34,11 @@ class Pace:
             sample = min(max((time_s - before_s) / expected_s, FASTEST), SLOWEST)
             self._mean += (sample - self._mean) / MEMORY
             self.ratio = round(self._mean, 3)  # a model that is right to the last bit but one is right
+
+    def spare_s(self, tick: int) -> float:
+        """How long after the end of `tick` nothing need be decided, as those submitted behind it keep devices busy.
+
+        None of it if nothing was expected of them.
+        """
+        busy_s = self.ratio * sum(seconds for later, seconds in self._expected_s.items() if later > tick)
+        return max(0.0, busy_s - max(DECIDE_S, DECIDE_SHARE * busy_s))

@@ -75,7 +75,6 @@ class SimExecutor:
         return events
 
     def wait_until(self, time_s: float) -> None:
-        """Lets time pass while nothing runs."""
         self._now_s = max(self._now_s, time_s)
 
     def step(self, batch: Batch) -> StepResult | None:
