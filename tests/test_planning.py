@@ -48,6 +48,20 @@ def test_plan_tells_what_one_h100_took(shape, context, ttft_s, tbt_s):
     assert found.ttft_s == pytest.approx(ttft_s, rel=0.06) and found.tbt_s == pytest.approx(tbt_s, rel=0.06)
 
 
+@pytest.mark.parametrize("shape, mesh, ttft_512k_s, tbt_1m_s", [
+    ("llama-3-8b", mn.MeshSpec(), 123, None), ("llama-3-8b", mn.MeshSpec(spp=2), 64.3, 34.2e-3),
+    ("llama-3-8b", mn.MeshSpec(tp=2), 64.9, 18.8e-3), ("llama-3-8b", mn.MeshSpec(kvp=2), 72.2, 20.1e-3),
+    ("llama-3.2-1b", mn.MeshSpec(), 37.0, 8.60e-3), ("llama-3.2-1b", mn.MeshSpec(spp=2), 19.3, 8.67e-3),
+    ("llama-3.2-1b", mn.MeshSpec(tp=2), 19.5, 5.11e-3), ("llama-3.2-1b", mn.MeshSpec(kvp=2), 20.5, 5.14e-3),
+], ids=str)  # fmt: skip
+def test_plan_tells_what_two_h200_took(shape, mesh, ttft_512k_s, tbt_1m_s):
+    """Measured by experiments.scaling; the fit was to ticks of one card of at most 0.15 s, links are guessed."""
+    h200, model = hardware_of("NVIDIA H200"), mn.from_yaml(mn.ModelConfig, f"configs/model/{shape}.yaml")
+    assert mn.plan(model, h200, mesh, 524_288).ttft_s == pytest.approx(ttft_512k_s, rel=0.09)
+    if tbt_1m_s:
+        assert mn.plan(model, h200, mesh, 1_048_576).tbt_s == pytest.approx(tbt_1m_s, rel=0.04)
+
+
 @pytest.mark.parametrize("name", ["tbt_slo_s", "idle_tick_s", "least_yield", "long_yield"])
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_budgets_and_shares_that_make_no_sense_are_refused(name, value):
