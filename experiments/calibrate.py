@@ -120,7 +120,8 @@ def peak_figures(config: CalibrateConfig) -> HardwareConfig:
     """The hardware whose coefficients are to be fitted."""
     device = jax.devices()[0]
     if config.hardware is None and (config.refit or device.platform != "cpu"):
-        raise RequestError("hardware", None, f"must name a file of the peak figures of a {device.device_kind}")
+        kind = "the devices of refit" if config.refit else f"a {device.device_kind}"
+        raise RequestError("hardware", None, f"must name a file of the peak figures of {kind}")
     return HardwareConfig() if config.hardware is None else from_yaml(HardwareConfig, config.hardware)
 
 

@@ -41,7 +41,7 @@ class CostModel:
     layers: int = field(init=False)  # of one stage
     activation_bytes: float = field(init=False)  # of one row in a layer: read and written between its products
     tile_tokens: int = field(init=False)  # of a chunk, that attention takes together
-    larger_from_tokens: int = field(init=False)  # chunks whose tiles have so many tokens more
+    larger_from_tokens: int = field(init=False)  # a chunk of so many has larger tiles
     larger_by_tokens: int = field(init=False)
     # Of attention, which is asked for many times a tick: seconds of all layers of a stage.
     _pair_s: Number = field(init=False)  # of one query and one key, in all heads
