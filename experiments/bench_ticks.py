@@ -45,7 +45,7 @@ class BenchTicksConfig:
     turns: int = 2
     hardware: str | None = None
     mesh: mn.MeshSpec = mn.MeshSpec()
-    serve: mn.ServeConfig = mn.ServeConfig()
+    serve: mn.ServeConfig = mn.ServeConfig(pool_pages=2048)
     virtual_devices: int = 0
     out: str | None = None
 
@@ -54,13 +54,16 @@ class BenchTicksConfig:
             raise mn.RequestError(
                 "decodes", self.decodes, f"must leave one of {self.serve.private_rows} rows to a chunk"
             )
+        held = (self.serve.pool_pages or 0) * self.serve.page_tokens
+        if self.decode_keys > held:
+            raise mn.RequestError("decode_keys", self.decode_keys, f"are more than the {held} of serve.pool_pages")
         for tokens, keys in self.ticks:
             if not 0 <= tokens <= min(keys, self.serve.buckets[-1]):
                 raise mn.RequestError(
                     "ticks", [tokens, keys], f"is no chunk of at most {self.serve.buckets[-1]} tokens"
                 )
-            if keys > (self.serve.pool_pages or 0) * self.serve.page_tokens:
-                raise mn.RequestError("ticks", [tokens, keys], "has more keys than serve.pool_pages hold")
+            if keys > held:
+                raise mn.RequestError("ticks", [tokens, keys], f"has more keys than the {held} of serve.pool_pages")
 
 
 def batch(make: TickLoads, tokens: int, keys: int, decodes: int, decode_keys: int) -> Batch:

@@ -49,7 +49,11 @@ def reader() -> Callable[[], tuple[float, float]] | None:
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(jax.devices()[0].local_hardware_id)
+        (power,) = pynvml.nvmlDeviceGetFieldValues(handle, [POWER_NOW])
+        pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
     except Exception:  # no package, no driver, no GPU: each has an error of its own
+        return None
+    if power.nvmlReturn != pynvml.NVML_SUCCESS:  # a card that does not tell would be said to take no power
         return None
 
     def read() -> tuple[float, float]:

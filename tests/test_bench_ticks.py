@@ -47,6 +47,7 @@ def test_rows_of_a_batch_have_slots_of_their_own(kvp):
     (["--ticks", "[[17, 64]]"], "at most 16 tokens"),
     (["--ticks", "[[5, 4]]"], "at most 16 tokens"),
     (["--ticks", "[[5, 999]]"], "serve.pool_pages"),
+    (["--decode_keys", "129"], "serve.pool_pages"),
 ])  # fmt: skip
 def test_refuses(args, reason, capsys):
     with pytest.raises(SystemExit):
@@ -63,16 +64,21 @@ def test_samples_what_nvml_reads(monkeypatch):
         now["pair"] = next(read, (1250, 500_000))
         return now["pair"][0]
 
-    values = lambda handle, fields: [SimpleNamespace(value=SimpleNamespace(uiVal=500_000))]  # noqa: E731
+    told = SimpleNamespace(value=SimpleNamespace(uiVal=500_000), nvmlReturn=0)
+    values = lambda handle, fields: [told]  # noqa: E731
     nvml = SimpleNamespace(
         nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetClockInfo=clock,
-        nvmlDeviceGetFieldValues=values, NVML_CLOCK_SM=1,
+        nvmlDeviceGetFieldValues=values, NVML_CLOCK_SM=1, NVML_SUCCESS=0,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     with power.Sampled() as sampled:
         time.sleep(0.2)
     assert sampled.means == {"sm_mhz": pytest.approx(1250, abs=40), "watts": 500}
+    told.nvmlReturn = 3
+    with power.Sampled() as sampled:
+        time.sleep(0.05)
+    assert sampled.means == {}
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with power.Sampled() as sampled:
-        pass
+        time.sleep(0.05)
     assert sampled.means == {}

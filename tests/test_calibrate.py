@@ -219,7 +219,8 @@ def test_calibrates_this_cpu(mesh, tmp_path, capsys):
     assert calibrate.main(args) == 0
     assert replace(from_yaml(HardwareConfig, refit), name="cpu") == found
     assert [r for r in json.loads(again.read_text())["rows"] if r["name"] == "tick"] == ticks
-    assert calibrate.main([*args, "--engines", "[{layers: 3}, {layers: 6}]"][len(TINY[:2]) :]) == 2
+    others = [*args[2:], "--engines", "[{layers: 2}, {layers: 6}]"]  # the second is not in the record
+    assert calibrate.main(others) == 2 and "refit: got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("args", "reason"), [

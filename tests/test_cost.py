@@ -120,14 +120,17 @@ def test_impossible_hardware_is_refused(field, value):
         replace(H100, **{field: value})
 
 
-@pytest.mark.parametrize("tokens", [96, 480])
+@pytest.mark.parametrize("tokens", [96, 127, 128, 480])
 @pytest.mark.parametrize("tp", [1, 2, 8])
 @pytest.mark.parametrize("model", [LLAMA_1B, LLAMA_8B], ids=["head dim 64", "head dim 128"])
 def test_attention_is_charged_in_the_tiles_of_the_kernel(model, tp, tokens):
     """One query more than whole tiles costs a tile more; a tile is what one CTA has of a chunk of so many tokens."""
-    cost = CostModel(model, H100, MeshSpec(tp=tp))
+    cost = CostModel(model, replace(H100, hbm_bytes_per_s=1e18), MeshSpec(tp=tp))  # keys are read in no time
     tiling = mosaic.prefill_tiling(tokens, cost.heads // cost.kv_heads, cost.kv_heads, model.head_dim)
     t, many = tiling.rows // tiling.ctas * cost.kv_heads // cost.heads, 10**6
-    full = tokens // t * t
-    assert cost.chunk_s(full - t + 1, many) == pytest.approx(cost.chunk_s(full, many), rel=1e-4)
-    assert cost.chunk_s(full, many) > 1.05 * cost.chunk_s(full - t, many)
+    assert t == cost.tile_tokens + (tokens >= cost.larger_from_tokens) * cost.larger_by_tokens
+    if tokens % t == 0:
+        assert cost.chunk_s(tokens - 1, many) == pytest.approx(cost.chunk_s(tokens, many), rel=1e-4)
+        assert cost.chunk_s(tokens - t + 1, many) == pytest.approx(cost.chunk_s(tokens, many), rel=1e-4)
+        fewer_s = cost.chunk_s(tokens - t, many)
+        assert cost.chunk_s(tokens, many) == pytest.approx(tokens / (tokens - t) * fewer_s, rel=0.02)

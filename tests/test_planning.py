@@ -36,16 +36,16 @@ def test_plan_predicts_times_of_calibrated_hardware_alone():
     assert groups.tbt_s and groups.tbt_s < mn.plan(LLAMA_8B, fitted, mn.MeshSpec(), 1_000_000).tbt_s
 
 
-@pytest.mark.parametrize("shape, context, ttft_s, tbt_s", [
-    ("llama-3.2-1b", 8_192, 0.0400, 1.43e-3), ("llama-3.2-1b", 131_072, 2.74, 2.72e-3),
-    ("llama-3.2-1b", 524_288, 37.5, 6.75e-3), ("llama-3-8b", 8_192, 0.222, 6.20e-3),
-    ("llama-3-8b", 131_072, 10.1, 11.4e-3), ("llama-3-8b", 393_216, 72.4, 22.3e-3),
+@pytest.mark.parametrize("shape, context, ttft_s, tbt_s, within", [
+    ("llama-3.2-1b", 8_192, 0.0400, 1.43e-3, 0.05), ("llama-3.2-1b", 131_072, 2.74, 2.72e-3, 0.05),
+    ("llama-3.2-1b", 524_288, 37.5, 6.75e-3, 0.06), ("llama-3-8b", 8_192, 0.222, 6.20e-3, 0.05),
+    ("llama-3-8b", 131_072, 10.1, 11.4e-3, 0.05), ("llama-3-8b", 393_216, 72.4, 22.3e-3, 0.05),
 ])  # fmt: skip
-def test_plan_tells_what_one_h100_took(shape, context, ttft_s, tbt_s):
+def test_plan_tells_what_one_h100_took(shape, context, ttft_s, tbt_s, within):
     """Measured by bench_engine in large chunks, programs with eight decode rows; none of it took part in the fit."""
     h100, model = hardware_of("NVIDIA H100 80GB HBM3"), mn.from_yaml(mn.ModelConfig, f"configs/model/{shape}.yaml")
     found = mn.plan(model, h100, mn.MeshSpec(), context)
-    assert found.ttft_s == pytest.approx(ttft_s, rel=0.06) and found.tbt_s == pytest.approx(tbt_s, rel=0.06)
+    assert found.ttft_s == pytest.approx(ttft_s, rel=within) and found.tbt_s == pytest.approx(tbt_s, rel=within)
 
 
 @pytest.mark.parametrize("shape, mesh, ttft_512k_s, tbt_1m_s", [

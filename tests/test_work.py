@@ -268,7 +268,7 @@ def over_the_mean(work: Work, kv_heads: int) -> float:
     places = list(zip(index_X.tolist(), head_X.tolist(), strict=True))
     assert len(set(places)) == len(items) * kv_heads
     for index, head in places:
-        each_a_head = tiling.ctas > 1 and items[index].rows <= tiling.rows // tiling.ctas
+        each_a_head = kv_heads % tiling.ctas == 0 and items[index].rows <= tiling.rows // tiling.ctas
         if not each_a_head or head % tiling.ctas == 0:
             heapq.heappush(ends, heapq.heappop(ends) + len(pages_of(items[index])))
     return max(ends) / (sum(ends) / len(ends))
