@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -130,11 +131,12 @@ class JaxExecutor:
             # Two collective programs in flight on virtual devices can take each other's threads and never meet.
             jax.block_until_ready(state.tokens)
         self._state, tokens = program(self.params, state, buffer)
+        late = not self._on_cpu and bool(self._unread) and self._unread[-1][2].is_ready()  # type: ignore[attr-defined]
         tokens.copy_to_host_async()
         leaving = self._history[-1]
         drawn = self._draw(leaving, shape)
         self._unread.append((leaving, shape, tokens, drawn, self._read_logits(leaving, shape)))
-        return self._result() if len(self._unread) > self.serve.ahead else None
+        return replace(self._result(), late=late) if len(self._unread) > self.serve.ahead else None
 
     def _to_devices(self, x: np.ndarray, sharding: NamedSharding) -> jax.Array | np.ndarray:
         if jax.process_count() == 1:

@@ -25,14 +25,14 @@ def prefill_tiling(tokens: int, heads_per_kv: int, kv_heads: int, head_dim: int)
     rows = tokens * heads_per_kv
     if rows <= 64:
         return DECODE
-    tile = 192 if head_dim == 64 and rows >= 512 else 128
+    tile = 192 if head_dim == 64 and rows >= 384 else 128
     shared: dict[str, Any] = dict(rows=tile)
     # With an odd number of kv heads half of the last such tile of a chunk could stay empty: not where tiles are few.
     if head_dim == 128 and rows > (tile if kv_heads % 2 == 0 else 15 * tile):
         shared = dict(rows=256, ctas=2)
     if rows * kv_heads < 2 * SMS * tile:
         return Tiling(**shared, stages=2, waves=6, least_pages=4, heads_together=2, even=True)
-    return Tiling(**shared, stages=2, waves=32, least_pages=16, heads_together=1)
+    return Tiling(**shared, stages=2, waves=32, least_pages=64, heads_together=1)
 
 
 def unsupported(head_dim: int, heads_per_kv: int, page_tokens: int, dtype: Any) -> str | None:

@@ -199,6 +199,22 @@ def test_random_weights_are_made_where_they_live():
     assert np.all(np.asarray(layer.attn_norm) == 1) and abs(np.asarray(layer.w_gate_up).std() / 0.02 - 1) < 0.05
 
 
+@pytest.mark.parametrize("mesh", [(2, 1, 1), (1, 2, 2), (1, 1, 4), (2, 4, 1)], ids=str)
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_one_seed_is_one_model_on_every_mesh(mesh, qkv_bias):
+    """Also where a vocabulary is padded, and where shards are more than kv heads."""
+    config = mn.ModelConfig(
+        width=16, ffn=32, vocab=97, layers=4, heads=4, kv_heads=2, head_dim=8, qkv_bias=qkv_bias, tied=False
+    )
+    prompt, serve = np.arange(50), mn.ServeConfig(page_tokens=16, pool_pages=8, chunk_tokens=64, chunk_buckets=(64,))
+    want, got = (
+        mn.Engine(config, init(config, made, np.dtype("float32"), seed=1, scale=0.3), made, serve).logits(prompt)
+        for made in (mn.make_mesh(mn.MeshSpec(*sizes)) for sizes in ((1, 1, 1), mesh))
+    )
+    assert np.abs(want).max() > 1
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
 def test_functions_for_ones_own_loop():
     """prefill_chunk and decode_step, two slots, on one device and on 2 x 2 x 2, against the engine."""
     first, second = prompts(2, 70, seed=4)

@@ -124,20 +124,42 @@ def abstract(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> Params:
 
 
 def init(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, seed: int = 0, scale: float = 0.02) -> Params:
-    """Random Params, N(0, scale) with norms at one, made on the devices: for benchmarks and tests of shape."""
-    leaves, tree = jax.tree.flatten_with_path(abstract(config, mesh, dtype))
+    """Random Params, N(0, scale) with norms at one, made on the devices: one seed is one model on every mesh."""
+    target, copies = abstract(config, mesh, dtype), max(1, spec_of(mesh).tp // config.kv_heads)
+    per_layer, vocab = layer_shapes(config, config.kv_heads), (config.vocab, config.width)
+    shapes = {"embed": vocab, "unembed": vocab} | per_layer
 
-    @functools.cache  # a program for each shape: one for all of them takes a GPU's compiler minutes
-    def normal(shape: tuple[int, ...], sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
-        return jax.jit(lambda key: scale * jax.random.normal(key, shape, dtype), out_shardings=sharding)
+    def draw(field: str, layer: Any) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), layer), list(shapes).index(field))
+        x = scale * jax.random.normal(key, shapes[field], dtype)
+        if field not in ("wqkv", "bqkv"):
+            return x
+        q, *kv = split(field, x)
+        return join(field, q, *(jnp.repeat(part, copies, axis=-2) for part in kv))
 
-    def made(path: Any, x: Any, key: jax.Array) -> jax.Array:
-        return (
-            jnp.ones(x.shape, dtype, device=x.sharding) if "norm" in str(path[-1]) else normal(x.shape, x.sharding)(key)
-        )
+    @functools.cache  # a program for each field: one for all of them takes a GPU's compiler minutes
+    def program(field: str, rows: int, sharding: Sharding) -> Callable[[np.ndarray], jax.Array]:
+        def table(layers_S: jax.Array) -> jax.Array:
+            return jnp.pad(draw(field, layers_S[0]), ((0, rows - config.vocab), (0, 0)))
 
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(tree, [made(path, x, key) for key, (path, x) in zip(keys, leaves, strict=True)])
+        of_stages = jax.vmap(functools.partial(draw, field))
+        return jax.jit(of_stages if field in per_layer else table, out_shardings=sharding)
+
+    def made(field: str, x: Any, *layers_S: int) -> jax.Array:
+        if "norm" in field:
+            return jnp.ones(x.shape, dtype, device=x.sharding)
+        return program(field, x.shape[0], x.sharding)(np.array(layers_S))
+
+    def layer(local: int, of: LayerParams) -> LayerParams:
+        numbers = range(local, config.layers, len(target.layers))
+        return LayerParams(**{field: made(field, getattr(of, field), *numbers) for field in per_layer})
+
+    return Params(
+        layers=tuple(layer(local, of) for local, of in enumerate(target.layers)),
+        embed=made("embed", target.embed, 0),
+        final_norm=made("final_norm", target.final_norm),
+        unembed=None if target.unembed is None else made("unembed", target.unembed, 0),
+    )
 
 
 def weight_bytes_per_device(params: Params) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 from mnemosyne_jax.config import HardwareConfig, MeshSpec, ModelConfig
 
 type Number = Any  # a float, or an array: the arithmetic is the same
-LARGER_TILES_FROM_ROWS = 512  # queries times heads of a kv head, at head dim 64
+LARGER_TILES_FROM_ROWS = 384  # queries times heads of a kv head, at head dim 64
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class Loop:
     keep_batches: bool = False
     batches: list[Batch] = field(default_factory=list)
     _in_flight: int = 0  # ticks since the last batch that was not empty, counted down
-    _ended: tuple[int, float] | None = None  # the tick whose result was read last, and when
+    _ended: tuple[int, float, bool] | None = None  # the tick whose result was read last, when, and whether late
 
     @property
     def idle(self) -> bool:
@@ -30,7 +30,7 @@ class Loop:
     def wait(self) -> None:
         """Lets time pass until the next tick is to be decided, a while before the running one is predicted to end."""
         if self._ended:
-            tick, end_s = self._ended
+            tick, end_s, _ = self._ended
             self.executor.wait_until(end_s + self.scheduler.pace.spare_s(tick))
 
     def tick(
@@ -58,5 +58,5 @@ class Loop:
         if not result:
             return arrived, []
         if self.executor.in_step:
-            self._ended = result.batch.tick + self.scheduler.mesh.spp - 1, result.time_s
+            self._ended = result.batch.tick + self.scheduler.mesh.spp - 1, result.time_s, result.late
         return arrived, self.scheduler.commit(result)

@@ -18,6 +18,7 @@ class StepResult:
 
     The token of a chunk that is not its prompt's last means nothing; NOT_FINITE marks a row whose
     logits were not finite. `logits` is float32 [rows, vocab], keyed by (request id, position).
+    `late`: devices had done all they had when the newest batch came, so the result was there some time before `time_s`.
     """
 
     batch: Batch
@@ -25,6 +26,7 @@ class StepResult:
     chunk_tokens: tuple[int, ...]
     logits: dict[tuple[str | int, int], np.ndarray]
     time_s: float
+    late: bool = False
 
 
 class Executor(Protocol):
