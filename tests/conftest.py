@@ -19,6 +19,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([given, *(f"{k}={v}" for k, v in FLAGS.items() if k not in given)]).strip()
 
+from pathlib import Path  # noqa: E402
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -36,3 +38,12 @@ def pytest_collection_modifyitems(items):
     if needy and jax.default_backend() != "gpu":
         for item in needy:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A checkpoint of each family."""
+    from make_checkpoint import FAMILIES, make
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: make(family, root / family, shards=1 + i % 3) for i, family in enumerate(FAMILIES)}
