@@ -227,6 +227,7 @@ class Engine:
 
         For servers, before they submit what has arrived: it takes part in the next tick, not in the one behind that.
         Returns at once where ticks are short or nothing is known of them (`chunking: fixed`).
+        `gc.freeze()` after `warmup` keeps Python from looking through all there is by then, for longer than a tick.
         """
         self.loop.wait()
 
